@@ -1,0 +1,568 @@
+"""Multi-agent PPO with TorchRL, to be read from top to bottom.
+
+Three robots must each drive to a goal of their own without touching one another: the scenario "navigation" of the
+VMAS simulator. They learn it with MAPPO or, when one flag is flipped, with IPPO. Every way to start this file:
+
+    python train_mappo.py                              MAPPO with the hyperparameters of Section 1
+    python train_mappo.py --no-mappo --seed 1          IPPO, with another seed; --help lists all options
+    python train_mappo.py --scenario-name balance      another scenario with one team of alike agents
+    python train_mappo.py --resume runs/FOLDER         go on with a stopped run, or show a finished one again
+    torchrun --nproc-per-node 2 train_mappo.py         one policy, trained by two processes
+    in a notebook: open this file with jupytext, VS Code or PyCharm, or paste its sections one after the other
+"""
+
+# %%
+import argparse
+import copy
+import difflib
+import json
+import logging
+import os
+import random
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import torch
+from PIL import Image  # Pillow comes with matplotlib
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
+from torchrl.envs import Compose, ExplorationType, MarlGroupMapType, RewardSum, StepCounter, TransformedEnv, VmasEnv
+from torchrl.envs import set_exploration_type
+from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
+from torchrl.objectives import ClipPPOLoss, ValueEstimators
+from tqdm import tqdm
+
+# %% [markdown]
+# # Multi-agent PPO, step by step
+#
+# PPO (Schulman et al. 2017, arXiv:1707.06347) learns *on-policy*: the current policy collects a batch of experience,
+# a few epochs of gradient steps improve the policy on that batch, and the batch is thrown away, because the improved
+# policy would no longer have collected it. A *critic*, a network that predicts the return, tells which actions did
+# better than expected; it is needed for learning only.
+#
+# With several agents one thing changes. Each agent's environment contains the other agents, and they learn too: what
+# was a good move yesterday may be a bad one today. To a single agent the world is *non-stationary*.
+# IPPO ("independent", de Witt et al. 2020, arXiv:2011.09533) ignores this and gives each agent a critic that sees what
+# the agent sees. MAPPO (Yu et al. 2022, arXiv:2103.01955) gives the critic the observations of the whole team, so that
+# what the others are doing is no longer hidden from it. In both, each *policy* sees only its own agent's observation:
+# training is centralised, execution is not. One flag, the first below, switches between them.
+#
+# ## 1. Hyperparameters
+# A *frame* is one step of one environment, in which all agents act at once.
+
+# %%
+mappo = True  # the critic sees the whole team (MAPPO); False trains IPPO, whose critic sees one agent
+seed = 0  # of the networks, the simulator and the sampling
+device = "cuda" if torch.cuda.is_available() else "cpu"  # where simulation and training both run
+
+scenario_name = "navigation"  # the VMAS scenario
+n_agents = 3  # number of agents, where the scenario leaves it open
+max_steps = 100  # steps after which an episode is cut off
+
+frames_per_batch = 6000  # frames collected in an iteration
+n_iters = 10  # iterations of collecting a batch and learning from it
+
+num_epochs = 30  # passes over each batch
+minibatch_size = 400  # frames in a gradient step
+lr = 3e-4  # learning rate of Adam
+anneal_lr = False  # let the learning rate fall linearly, to reach 0 after the last iteration
+max_grad_norm = 1.0  # longest gradient that is not scaled down
+clip_epsilon = 0.2  # how far the ratio of new to old action probability may leave 1 before its gradient stops
+gamma = 0.99  # discount factor of the return
+lmbda = 0.9  # lambda of GAE: 0 trusts the critic alone, 1 the collected rewards alone
+entropy_eps = 1e-4  # weight of the entropy bonus
+critic_coeff = 0.5  # weight of the value loss
+normalize_advantage = True  # give the advantages of each minibatch mean 0 and standard deviation 1
+
+share_parameters_policy = True  # one policy network for all agents; False gives each its own
+share_parameters_critic = True  # one critic network for all agents; False gives each its own
+depth = 2  # hidden layers of each network
+num_cells = 256  # units of a hidden layer
+
+evaluation_episodes = 200  # episodes of the evaluation before and after training
+evaluation_seed = 12345  # of the evaluation episodes, the same for every run
+output_dir = "runs"  # folder in which each run makes a folder of its own
+
+# %% [markdown]
+# *Question 1. How many gradient steps does one iteration take, and how often is each frame used in them?*
+#
+# ---
+# ## Command line and checks (skip this on a first reading)
+# Every name above is an option: `n_iters` is `--n-iters`, and `mappo` is `--mappo` or `--no-mappo`. Names, defaults
+# and meanings are read from Section 1, so that they are written only once. In a notebook the arguments belong to the
+# kernel, not to this file, and are left alone.
+#
+# Whatever is wrong with the options is said in one line before anything is trained. What goes wrong later (Ctrl-C, a
+# full disk, numbers that are not finite) ends in one line, too, that says what was kept.
+
+# %%
+hyperparameters = globals().get("hyperparameters") or {
+    name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # TorchRL reports a storage it allocates at level INFO
+warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios do not ask how many agents they have
+warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
+resume = checkpoint = None
+
+
+def stop(message, status=2):
+    """End with this exit status, after one line on stderr (from process 0 alone, if there are many)."""
+    if rank == 0:
+        print(f"train_mappo.py: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def check(name, is_right, needed):
+    """Stop with a line that says what the option `name` needs, unless its value is right."""
+    if not is_right:
+        stop(f"--{name.replace('_', '-')} {globals()[name]}: give {needed}")
+
+
+def stop_in_one_line(kind, error, trace):
+    """As sys.excepthook: spare users the traceback of what they caused or can mend, and say what was kept."""
+    if not issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning, torch.OutOfMemoryError)):
+        return sys.__excepthook__(kind, error, trace)
+    if "progress" in globals():
+        progress.close()
+    kept = f"{len(globals().get('metrics', []))} iterations are kept"
+    kept += f"; go on with: python train_mappo.py --resume {run_folder}" if not kept.startswith("0") else ""
+    stop(f"{' '.join(str(error).split()) or 'stopped'}; {kept}", 130 if kind is KeyboardInterrupt else 1)
+
+
+if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).resolve():
+    sys.excepthook = stop_in_one_line
+    plt.switch_backend("agg")  # pictures go to files, no window is opened
+    source = Path(__file__).read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.error = stop
+    parser.add_argument("--resume", metavar="FOLDER", help="folder of the run to go on with, or to show again")
+    for name, value in hyperparameters.items():
+        kind = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": type(value)}
+        meaning = source.split(f"\n{name} = ")[1].split("  # ")[1].splitlines()[0] + f" (default: {value})"
+        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
+    options, unknown = parser.parse_known_args()
+    if unknown:
+        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser.format_usage().split("[")[2:], 1, 0)[0]
+        stop(f"{unknown[0]} is not an option; the nearest is {nearest.split()[0]}, and --help lists all")
+    options = vars(options)
+    resume = options.pop("resume")
+    globals().update(options)
+    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
+        pattern = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*/checkpoint.pt"
+        resume = max((path.parent for path in Path(output_dir).glob(pattern)), default=None, key=os.path.getmtime)
+    if resume is not None:
+        try:
+            checkpoint = torch.load(Path(resume) / "checkpoint.pt", map_location="cpu", weights_only=True)
+            saved = {name: checkpoint["hyperparameters"][name] for name in hyperparameters if name != "device"}
+            assert all(type(saved[name]) is type(hyperparameters[name]) for name in saved)
+            n_kept = len(checkpoint["metrics"])
+        except Exception as error:
+            stop(f"--resume {resume}: give a run's folder, with a sound checkpoint.pt in it ({type(error).__name__})")
+        for name in options.keys() & saved.keys() - {"n_iters"}:
+            check(name, options[name] == saved[name], f"{saved[name]}, as the run in {resume} has, or leave it out")
+        globals().update(saved | options)
+        n_iters = max(n_iters, n_kept)
+
+    may_be_0 = ("seed", "evaluation_seed", "gamma", "lmbda", "entropy_eps", "critic_coeff")
+    for name, value in [(name, globals()[name]) for name in hyperparameters if type(globals()[name]) in (int, float)]:
+        low = 0 if name in may_be_0 else 1 if type(value) is int else 1e-9
+        high = 1 if name in ("gamma", "lmbda", "clip_epsilon") else 2**32 - 1
+        check(name, low <= value <= high, f"a number from {low} to {high}")
+    check("frames_per_batch", frames_per_batch % (max_steps * world_size) == 0,
+          f"a multiple of {max_steps * world_size}, which is max_steps times the number of processes")
+    check("minibatch_size", frames_per_batch % minibatch_size == 0 == minibatch_size % world_size and minibatch_size > 1,
+          f"a divisor of frames_per_batch, {frames_per_batch}, above 1 and a multiple of {world_size} processes")
+    devices = ["cpu", *["cuda"][:torch.cuda.device_count()], *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    check("device", device in devices, f"a device of this machine: {', '.join(devices)}")
+    scenarios = difflib.get_close_matches(scenario_name, VmasEnv.available_envs, n=99, cutoff=0)
+    check("scenario_name", scenario_name in scenarios, "one of, nearest first, " + ", ".join(scenarios))
+    try:
+        probe = VmasEnv(scenario_name, num_envs=1000, seed=seed, device=device, n_agents=n_agents)
+    except Exception as error:
+        check("n_agents", False, f"fewer, or a number that {scenario_name} accepts ({type(error).__name__}: {error})")
+    check("scenario_name", len(probe.group_map) == 1 and not probe.het_specs, "a scenario with one team of alike agents; "
+          f"this one has {', '.join(agent.name for agent in probe.agents)}")
+
+# %% [markdown]
+# ---
+# ## Many processes (skip this on a first reading)
+# Started by torchrun, N processes train one policy: each simulates its share of the environments and averages its
+# gradients with the others'. The hyperparameters speak of the whole job, so each process takes an Nth of a batch and
+# of a minibatch. A job of one process passes through here unchanged.
+
+# %%
+if world_size > 1:
+    frames_per_batch, minibatch_size = frames_per_batch // world_size, minibatch_size // world_size
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+
+# %% [markdown]
+# ---
+# ## 2. Environment
+# VMAS simulates `num_vmas_envs` copies of the scenario at once, as one batch of tensors on `device`. The policy runs
+# there, too, so on a GPU the data never leaves it. There are just enough copies for one whole episode each in a batch.
+#
+# All parts of TorchRL hand one TensorDict to each other, a dictionary of tensors. Some of its entries are the team's,
+# one per environment, and some are each agent's own and lie one level deeper, under `"agents"`:
+#
+# | key | shape | whose |
+# |---|---|---|
+# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: position, speed, way to its goal, lidar |
+# | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
+# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | each agent's: the team's progress, own collisions |
+# | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
+# | `("next", "truncated")` | (num_vmas_envs, 1) | the team's: the time is up |
+# | `("next", "done")` | (num_vmas_envs, 1) | the team's: one or the other |
+#
+# With the defaults that is (60, 3, 18), (60, 3, 2), (60, 3, 1) and three times (60, 1).
+#
+# A time limit is not a termination. After a termination nothing more can be earned, so the value of what follows is
+# zero; when time runs out, the robots could have gone on, and the critic's estimate of what they would have earned
+# still counts. VMAS, given `max_steps`, would report both as "terminated"; `StepCounter` keeps them apart.
+# `RewardSum` adds up each agent's rewards since the episode began.
+
+
+# %%
+def make_env(num_envs, seed):
+    """Build the scenario as `num_envs` environments that step together, their random numbers drawn from `seed`."""
+    simulator = VmasEnv(scenario_name, num_envs=num_envs, n_agents=n_agents, seed=seed, device=device,
+                        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)  # one team, under the key "agents"
+    reward_sum = RewardSum(in_keys=[("agents", "reward")], out_keys=[("agents", "episode_reward")])
+    return TransformedEnv(simulator, Compose(StepCounter(max_steps), reward_sum))
+
+
+num_vmas_envs = frames_per_batch // max_steps
+env = make_env(num_vmas_envs, seed)
+n_agents = env.n_agents  # some scenarios set it themselves
+n_obs = env.observation_spec["agents", "observation"].shape[-1]
+action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_agents, n_actions)
+
+# %% [markdown]
+# *Question 2. `max_steps` is 100 and a robot needs about 65 steps. What would the critic learn to expect at step 99 if
+# the time limit were reported as a termination?*
+#
+# ---
+# ## 3. Policy
+# The policy is *decentralised*: an agent's action depends on its own observation alone, so that each robot can be sent
+# out with a copy of the network and no radio. `MultiAgentMLP` applies a network to every agent and keeps the agent
+# dimension: observations (num_vmas_envs, n_agents, n_obs) in, 2 × n_actions numbers for each agent out.
+# `NormalParamExtractor` makes them a mean and a positive standard deviation, (num_vmas_envs, n_agents, n_actions) each,
+# and `TanhNormal` is a normal distribution squashed into the bounds of the action. The log-probability of the action
+# taken is kept, as PPO will need it: (num_vmas_envs, n_agents).
+#
+# With `share_parameters_policy` all agents use the same weights. One network then learns from the experience of the
+# whole team, n_agents times as much, and faster. The price: agents that observe the same do the same, so a task that
+# needs specialists needs an observation that tells the agents apart, or networks of their own.
+
+# %%
+torch.manual_seed(seed)
+policy_network = MultiAgentMLP(
+    n_agent_inputs=n_obs, n_agent_outputs=2 * action_spec.shape[-1], n_agents=n_agents, centralized=False,
+    share_params=share_parameters_policy, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
+policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()), in_keys=[("agents", "observation")],
+                                 out_keys=[("agents", "loc"), ("agents", "scale")])
+policy = ProbabilisticActor(
+    policy_module, in_keys=[("agents", "loc"), ("agents", "scale")], out_keys=[("agents", "action")],
+    distribution_class=TanhNormal, distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high},
+    return_log_prob=True, spec=env.full_action_spec_unbatched)
+untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
+
+# %% [markdown]
+# *Question 3. How many weights has the policy, and how many with `--no-share-parameters-policy`?*
+#
+# ---
+# ## 4. Critic
+# This is where MAPPO and IPPO part, in the one argument `centralized`.
+#
+# - MAPPO: the observations of all agents, joined to one vector of n_agents × n_obs numbers (54 with the defaults), go
+#   in. What the other agents are about to do no longer looks like chance, and the value is easier to predict. But the
+#   input grows with the team, and much of it may not matter to any one agent.
+# - IPPO: each agent's value comes from its own n_obs numbers (18), however large the team. The others are part of a
+#   world that changes as they learn.
+#
+# The critic gives a value for each agent, (num_vmas_envs, n_agents, 1), either way. With `share_parameters_critic` one
+# network serves them all. For MAPPO that means one input and one network, hence *the same value for every agent*, a
+# value of the team's situation; this fits when rewards are mostly shared, as here. For IPPO the inputs differ, so the
+# values do.
+
+# %%
+torch.manual_seed(seed + 1)  # so that running again from here on, mappo flipped, is a fair comparison
+policy.load_state_dict(untrained_policy.state_dict())
+critic_network = MultiAgentMLP(
+    n_agent_inputs=n_obs, n_agent_outputs=1, n_agents=n_agents, centralized=mappo,
+    share_params=share_parameters_critic, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
+critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
+
+# %% [markdown]
+# *Question 4. How many inputs has the critic with 8 agents, and how many under IPPO?*
+#
+# ---
+# ## 5. Collection, replay buffer, loss and optimizer
+# `Collector` (named SyncDataCollector in older TorchRL) steps the environment with the policy and yields batches of
+# shape (num_vmas_envs, max_steps), every environment reset at the start of each. The replay buffer, usually a memory
+# for off-policy learning, holds one batch only: sampling *without replacement*, it deals the batch out in
+# minibatches in which each frame occurs exactly once an epoch.
+#
+# *Generalised advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) mixes all n-step returns, weighted by
+# lmbda, into one estimate of how much better an action was than the critic expected. The multi-agent form, `MAGAE`,
+# also lends the team's "done" flags, (num_vmas_envs, max_steps, 1), to every agent.
+#
+# *Clipping*: the loss follows the ratio between new and old probability of an action, times its advantage. Once the
+# ratio has moved by clip_epsilon in the direction that pays, its gradient is zero, so that several epochs on one batch
+# cannot carry the policy far from the one that collected it.
+#
+# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random. It keeps the policy from settling on one
+# action before it has tried others.
+#
+# Advantages are normalised over the frames of a minibatch, for each agent apart: the agent dimension, -2, is excluded
+# from the mean and the standard deviation.
+
+# %%
+collector = Collector(
+    env, policy, device=device, frames_per_batch=frames_per_batch, total_frames=-1,  # endless: the loop below counts
+    reset_at_each_iter=True, track_traj_ids=False, auto_register_policy_transforms=False)  # the policy has no memory
+replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=device),
+                             sampler=SamplerWithoutReplacement(), batch_size=minibatch_size)
+loss_module = ClipPPOLoss(
+    policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff,
+    normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,),
+    functional=False)  # use the networks as they are: faster than handing their weights to stateless copies
+loss_module.set_keys(
+    reward=("agents", "reward"), action=("agents", "action"), value=("agents", "state_value"),
+    advantage=("agents", "advantage"), value_target=("agents", "value_target"))
+loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
+estimate_advantages = loss_module.value_estimator
+optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
+
+# %% [markdown]
+# *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
+#
+# ---
+# ## Many processes, continued (skip this on a first reading)
+# DistributedDataParallel averages the gradients of all processes during each backward pass. The mean and the standard
+# deviation that normalise the advantages are taken over the minibatch of the whole job, too, so that the gradient is
+# the one that a single process would have computed.
+
+# %%
+if world_size > 1:
+    def normalize_over_the_job(_, inputs):
+        advantage = inputs[0]["agents", "advantage"]  # (minibatch_size, n_agents, 1)
+        moments = torch.stack([advantage.mean(dim=0), advantage.square().mean(dim=0)]) / world_size
+        torch.distributed.all_reduce(moments)
+        inputs[0]["agents", "advantage"] = (advantage - moments[0]) / (moments[1] - moments[0] ** 2).sqrt().clamp_min(1e-6)
+
+    if normalize_advantage:
+        loss_module.normalize_advantage = False
+        loss_module.register_forward_pre_hook(normalize_over_the_job)
+    loss_module = nn.parallel.DistributedDataParallel(loss_module, broadcast_buffers=False)
+
+# %% [markdown]
+# ---
+# ## Record keeping (skip this on a first reading)
+# A run has a folder of its own. After each iteration it holds a checkpoint and a table of measurements, each written
+# beside the old one and put in its place when it is whole, so that a run can be killed at any moment and resumed.
+
+# %%
+columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
+           "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
+metrics = []  # for each iteration a dictionary of these columns
+algorithm = "MAPPO" if mappo else "IPPO"
+run_folder = Path(resume or f"{output_dir}/{algorithm.lower()}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+learning = {"policy": policy, "critic": critic, "optimizer": optimizer}
+of_the_job = {"frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
+hyperparameters = {name: globals()[name] for name in hyperparameters} | of_the_job
+if checkpoint is not None:
+    try:
+        for name, part in learning.items():
+            part.load_state_dict(checkpoint[name])
+        assert all(value.shape in (p.shape, ()) for p, state in optimizer.state.items() for value in state.values())
+        metrics = checkpoint["metrics"]
+        assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
+    except Exception as error:
+        stop(f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
+    print(f"{run_folder}: {len(metrics)} iterations are done, {n_iters - len(metrics)} remain")
+
+
+def write(name, save):
+    """Let `save` fill a file, then put it into the run's folder as `name`: a reader finds the old or the new, whole."""
+    with open(run_folder / f"{name}.new", "wb") as file:
+        save(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, run_folder / name)
+
+
+def record(means, seconds):
+    """Add the `means` of an iteration, a TensorDict, to the metrics and save; raise FloatingPointError if not finite."""
+    values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
+    if world_size > 1:
+        torch.distributed.all_reduce(values)
+    sizes = [parameter.detach().abs().sum() for parameter in loss_module.parameters()]
+    if not torch.stack([*values, *sizes]).isfinite().all():
+        raise FloatingPointError(f"iteration {len(metrics)} gave a loss or a parameter that is not finite")
+    frames = hyperparameters["frames_per_batch"]
+    row = dict(zip(columns, [len(metrics), (len(metrics) + 1) * frames, seconds, *values.tolist()]))
+    if rank == 0:
+        states = {name: part.state_dict() for name, part in learning.items()}
+        table = "\n".join(",".join(map(str, line)) for line in [columns, *map(dict.values, metrics), row.values()])
+        write("metrics.csv", lambda file: file.write(f"{table}\n".encode()))
+        states |= {"hyperparameters": hyperparameters, "metrics": [*metrics, row]}
+        write("checkpoint.pt", lambda file: torch.save(states, file))
+    metrics.append(row)
+    progress.set_postfix_str(f"episode reward {values[0]:.2f}, success rate {values[1]:.2f}, {frames / seconds:.0f} frames/s")
+
+
+if rank == 0:
+    try:
+        run_folder.mkdir(parents=True, exist_ok=checkpoint is not None)
+        write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
+    except OSError as error:
+        check("output_dir", False, f"a folder that can be written ({error})")
+
+# %% [markdown]
+# ---
+# ## 6. Training loop
+# Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and then goes through
+# the batch num_epochs times in minibatches. The three terms of the loss share one backward pass and one optimizer;
+# policy and critic have no weights in common, so neither disturbs the other's gradient, except that both count towards
+# the length that max_grad_norm limits. The loop never reads a number back from the device while it learns: that would
+# make the GPU wait for Python at every step. What it wants to report, it keeps on the device and reads once at the end.
+#
+# The random numbers of an iteration depend on `seed` and `iteration` alone. So a run that was stopped and resumed
+# continues exactly like one that was not.
+
+# %%
+batches = iter(collector)
+for iteration in (progress := tqdm(range(len(metrics), n_iters), algorithm, n_iters, initial=len(metrics), disable=rank > 0)):
+    start = time.perf_counter()
+    iteration_seed = random.Random(f"{seed} {iteration} {rank}").getrandbits(32)
+    torch.manual_seed(iteration_seed)
+    env.set_seed(iteration_seed)  # VMAS has random numbers of its own
+    optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters) if anneal_lr else lr
+
+    batch = next(batches)  # (num_vmas_envs, max_steps)
+    with torch.no_grad():
+        estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
+
+    replay_buffer.empty()
+    replay_buffer.extend(batch.reshape(-1))  # (frames_per_batch,)
+    all_losses = []
+    for epoch in range(num_epochs):
+        for minibatch in replay_buffer:  # (minibatch_size,)
+            losses = loss_module(minibatch)
+            loss = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(loss_module.parameters(), max_grad_norm)
+            optimizer.step()
+            all_losses.append(losses.detach())
+    collector.update_policy_weights_()  # hands new weights to a collector that has its own copy; ours shares them
+
+    done = batch["next", "done"].squeeze(-1)  # (num_vmas_envs, max_steps)
+    means = torch.stack(all_losses).mean(dim=0)
+    means["episode_reward_mean"] = batch["next", "agents", "episode_reward"][done].mean()
+    means["success_rate"] = batch["next", "terminated"][done].float().mean()
+    record(means, time.perf_counter() - start)
+
+# %% [markdown]
+# *Question 6. Where in this loop would an off-policy method differ first?*
+#
+# ---
+# ## 7. Evaluation
+# While it learns, the policy draws its actions at random; here it takes the mean of its distribution instead. Both the
+# trained and the untrained policy play the same `evaluation_episodes` fresh episodes. An episode counts from its reset
+# to its first "done", no further. In navigation it terminates only when every agent is at its goal, so *success rate* is
+# the share of episodes in which that happened before the time limit. A collision is a step in which an agent touches
+# another; it costs that agent a reward of 1. Other scenarios report what they keep in their "info".
+
+# %%
+if world_size > 1:
+    torch.distributed.destroy_process_group()
+if rank > 0:
+    sys.exit()
+
+
+def evaluate(policy):
+    """Play the evaluation episodes with the deterministic `policy` and return a dictionary of means over them."""
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        episodes = make_env(evaluation_episodes, evaluation_seed).rollout(
+            max_steps, policy, break_when_any_done=False, break_when_all_done=True)["next"]
+    done = episodes["done"].squeeze(-1)  # (evaluation_episodes, max_steps)
+    counts = done.cumsum(dim=1) - done.int() == 0  # True up to and including the first done
+
+    def total(key):  # summed over an episode, averaged over agents and episodes
+        return (episodes["agents"][key].flatten(2).mean(dim=2) * counts).sum(dim=1).mean().item()
+
+    reached = (episodes["terminated"].squeeze(-1) & counts).any(dim=1).float().mean().item()
+    infos = episodes["agents", "info"].keys() if "info" in episodes["agents"].keys() else []
+    results = {"episode reward per agent": total("reward"),
+               "success rate" if "final_rew" in infos else "share that ended before max_steps": reached,
+               "episode length in steps": counts.sum(dim=1).float().mean().item()}
+    if "agent_collisions" in infos:
+        return results | {"collisions per episode and agent": -total(("info", "agent_collisions"))}
+    return results | {f"{key}, summed": total(("info", key)) for key in infos}
+
+
+before, after = evaluate(untrained_policy), evaluate(policy)
+print(f"\n{evaluation_episodes} episodes, deterministic policy{'untrained':>16}{'trained':>12}")
+for name in after:
+    print(f"{name:<36}{before[name]:>16.3f}{after[name]:>12.3f}")
+
+# %% [markdown]
+# *Question 7. Why does the success rate during training stay below that of the evaluation?*
+#
+# ---
+# ## 8. Results
+# A run leaves its trained policy, its hyperparameters and measurements, a picture of how it learned and a film of one
+# episode. The learning curve shows all runs of this scenario beside each other, thin; the thick line is the mean over
+# the runs that share this run's hyperparameters (seed, length and flag aside), with a 95% bootstrap interval. So flip
+# `mappo`, run again, and compare.
+
+# %%
+network = {"n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1], "n_agents": n_agents, "depth": depth,
+           "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
+network = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
+write("policy.pt", lambda file: torch.save(network | {"state_dict": policy_network.state_dict()}, file))
+
+runs = []
+for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
+    try:
+        runs.append(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception:
+        print(f"{path} is damaged, so the learning curve leaves it out")
+figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+for axis, column, name in zip(axes, columns[3:5], after):
+    axis.set(title=scenario_name, xlabel="frames", ylabel=f"{name}, in training")
+    for label, style in (("MAPPO", {"color": "tab:blue"}), ("IPPO", {"color": "tab:orange", "linestyle": "--"})):
+        alike = {}
+        for theirs, rows in ((run["hyperparameters"], run["metrics"]) for run in runs):
+            if (theirs["scenario_name"], theirs["mappo"]) == (scenario_name, label == "MAPPO"):
+                frames, values = zip(*((row["frames"], row[column]) for row in rows))
+                axis.plot(frames, values, **style, linewidth=0.7, alpha=0.5)
+                differences = {name for name, _ in theirs.items() ^ hyperparameters.items()}
+                if differences <= {"mappo", "seed", "device", "output_dir"} and len(rows) == n_iters:
+                    alike[theirs["seed"]] = values
+        if alike:
+            curves, frames = torch.tensor(list(alike.values())), [row["frames"] for row in metrics]  # (runs, n_iters)
+            draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
+            low, high = curves[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
+            axis.fill_between(frames, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label}, mean of {len(curves)} run(s)")
+axes[0].legend()
+write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
+
+film = []
+try:
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        make_env(1, evaluation_seed).rollout(
+            max_steps, policy, callback=lambda env, _: film.append(Image.fromarray(env.render(mode="rgb_array"))))
+except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
+    print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
+if film:
+    write("rollout.gif", lambda file: film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
+print(f"\nThe results of this run are in {run_folder}")
