@@ -103,90 +103,87 @@ output_dir = "runs"  # folder in which each run makes a folder of its own
 # %%
 hyperparameters = globals().get("hyperparameters") or {
     name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # TorchRL reports a storage it allocates at level INFO
+rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
 warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios do not ask how many agents they have
 warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
 resume = checkpoint = None
 
 
-def stop(message, status=2):
-    """End with this exit status, after one line on stderr (from process 0 alone, if there are many)."""
-    if rank == 0:
-        print(f"train_mappo.py: {message}", file=sys.stderr)
-    sys.exit(status)
-
-
-def check(name, is_right, needed):
-    """Stop with a line that says what the option `name` needs, unless its value is right."""
+def require(is_right, message, status=2):
+    """Unless `is_right`, end with the exit status after one line on stderr (of many processes, the first says it)."""
     if not is_right:
-        stop(f"--{name.replace('_', '-')} {globals()[name]}: give {needed}")
+        if rank == 0:
+            print(f"train_mappo.py: {message}", file=sys.stderr)
+        sys.exit(status)
 
 
-def stop_in_one_line(kind, error, trace):
+def end_in_one_line(kind, error, trace):
     """As sys.excepthook: spare users the traceback of what they caused or can mend, and say what was kept."""
     if not issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning, torch.OutOfMemoryError)):
         return sys.__excepthook__(kind, error, trace)
     if "progress" in globals():
         progress.close()
-    kept = f"{len(globals().get('metrics', []))} iterations are kept"
-    kept += f"; go on with: python train_mappo.py --resume {run_folder}" if not kept.startswith("0") else ""
-    stop(f"{' '.join(str(error).split()) or 'stopped'}; {kept}", 130 if kind is KeyboardInterrupt else 1)
+    kept = f"go on with python train_mappo.py --resume {run_folder}" if globals().get("metrics") else "nothing was kept"
+    cause = f"--n-agents {n_agents}: no room for that many" if kind is UserWarning else str(error) or "stopped"
+    require(False, f"{cause}; {kept}", {KeyboardInterrupt: 130, UserWarning: 2}.get(kind, 1))
 
 
 if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).resolve():
-    sys.excepthook = stop_in_one_line
+    sys.excepthook = end_in_one_line
     plt.switch_backend("agg")  # pictures go to files, no window is opened
     source = Path(__file__).read_text(encoding="utf-8")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = stop
+    parser.error = lambda message: require(False, message)
     parser.add_argument("--resume", metavar="FOLDER", help="folder of the run to go on with, or to show again")
+    option = {name: "--" + name.replace("_", "-") for name in hyperparameters}
     for name, value in hyperparameters.items():
         kind = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": type(value)}
         meaning = source.split(f"\n{name} = ")[1].split("  # ")[1].splitlines()[0] + f" (default: {value})"
-        parser.add_argument(f"--{name.replace('_', '-')}", default=argparse.SUPPRESS, help=meaning, **kind)
-    options, unknown = parser.parse_known_args()
-    if unknown:
-        nearest = difflib.get_close_matches(unknown[0].split("=")[0], parser.format_usage().split("[")[2:], 1, 0)[0]
-        stop(f"{unknown[0]} is not an option; the nearest is {nearest.split()[0]}, and --help lists all")
-    options = vars(options)
-    resume = options.pop("resume")
-    globals().update(options)
+        parser.add_argument(option[name], default=argparse.SUPPRESS, help=meaning, **kind)
+    given, unknown = parser.parse_known_args()
+    known = parser.format_usage().replace("[", " ").replace("]", " ").split()
+    nearest = difflib.get_close_matches((unknown or [""])[0].split("=")[0], known, 1, 0)[0]
+    require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
+    given = vars(given)
+    resume = given.pop("resume")
+    globals().update(given)
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
         pattern = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*/checkpoint.pt"
         resume = max((path.parent for path in Path(output_dir).glob(pattern)), default=None, key=os.path.getmtime)
     if resume is not None:
         try:
-            checkpoint = torch.load(Path(resume) / "checkpoint.pt", map_location="cpu", weights_only=True)
+            checkpoint = torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
             saved = {name: checkpoint["hyperparameters"][name] for name in hyperparameters if name != "device"}
-            assert all(type(saved[name]) is type(hyperparameters[name]) for name in saved)
-            n_kept = len(checkpoint["metrics"])
+            assert all(type(saved[name]) is type(hyperparameters[name]) for name in saved) and checkpoint["metrics"]
         except Exception as error:
-            stop(f"--resume {resume}: give a run's folder, with a sound checkpoint.pt in it ({type(error).__name__})")
-        for name in options.keys() & saved.keys() - {"n_iters"}:
-            check(name, options[name] == saved[name], f"{saved[name]}, as the run in {resume} has, or leave it out")
-        globals().update(saved | options)
-        n_iters = max(n_iters, n_kept)
+            require(False, f"--resume {resume}: this is no folder of a run, or damaged ({type(error).__name__})")
+        for name in given.keys() & saved.keys() - {"n_iters"}:
+            require(given[name] == saved[name], f"{option[name]} {given[name]}: leave it out, the run has {saved[name]}")
+        globals().update(saved | given)
+        n_iters = max(n_iters, len(checkpoint["metrics"]))
 
-    may_be_0 = ("seed", "evaluation_seed", "gamma", "lmbda", "entropy_eps", "critic_coeff")
-    for name, value in [(name, globals()[name]) for name in hyperparameters if type(globals()[name]) in (int, float)]:
-        low = 0 if name in may_be_0 else 1 if type(value) is int else 1e-9
-        high = 1 if name in ("gamma", "lmbda", "clip_epsilon") else 2**32 - 1
-        check(name, low <= value <= high, f"a number from {low} to {high}")
-    check("frames_per_batch", frames_per_batch % (max_steps * world_size) == 0,
-          f"a multiple of {max_steps * world_size}, which is max_steps times the number of processes")
-    check("minibatch_size", frames_per_batch % minibatch_size == 0 == minibatch_size % world_size and minibatch_size > 1,
-          f"a divisor of frames_per_batch, {frames_per_batch}, above 1 and a multiple of {world_size} processes")
+    ranges = {"max_steps frames_per_batch n_iters num_epochs depth num_cells evaluation_episodes": (1, 10**9),
+              "n_agents": (1, 1000), "minibatch_size": (2, 10**9), "seed evaluation_seed": (0, 2**32 - 1),
+              "gamma lmbda": (0, 1), "clip_epsilon": (1e-9, 1), "lr max_grad_norm": (1e-9, 1e9),
+              "entropy_eps critic_coeff": (0, 1e9)}
+    for name, (low, high) in [(name, bounds) for names, bounds in ranges.items() for name in names.split()]:
+        value = globals()[name]
+        require(low <= value <= high, f"{option[name]} {value}: give a number from {low} to {high}")
+    require(frames_per_batch % (max_steps * world_size) == 0, f"--frames-per-batch {frames_per_batch}: give a multiple "
+            f"of max_steps, {max_steps}, for each of {world_size} process(es)")
+    require(frames_per_batch % minibatch_size == 0 == minibatch_size % world_size, f"--minibatch-size {minibatch_size}:"
+            f" give a divisor of frames_per_batch, {frames_per_batch}, that {world_size} process(es) can share")
     devices = ["cpu", *["cuda"][:torch.cuda.device_count()], *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    check("device", device in devices, f"a device of this machine: {', '.join(devices)}")
+    require(device in devices, f"--device {device}: give one of {', '.join(devices)}")
     scenarios = difflib.get_close_matches(scenario_name, VmasEnv.available_envs, n=99, cutoff=0)
-    check("scenario_name", scenario_name in scenarios, "one of, nearest first, " + ", ".join(scenarios))
+    require(scenario_name in scenarios, f"--scenario-name {scenario_name}: give one of {', '.join(scenarios)}")
     try:
-        probe = VmasEnv(scenario_name, num_envs=1000, seed=seed, device=device, n_agents=n_agents)
+        probe = VmasEnv(scenario_name, num_envs=8, seed=seed, device=device, n_agents=n_agents)
     except Exception as error:
-        check("n_agents", False, f"fewer, or a number that {scenario_name} accepts ({type(error).__name__}: {error})")
-    check("scenario_name", len(probe.group_map) == 1 and not probe.het_specs, "a scenario with one team of alike agents; "
-          f"this one has {', '.join(agent.name for agent in probe.agents)}")
+        require(False, f"--n-agents {n_agents}: give fewer, or a number that {scenario_name} accepts ({error})")
+    require(len(probe.group_map) == 1 and not probe.het_specs, f"--scenario-name {scenario_name}: give a scenario with "
+            f"one team of alike agents; this one has {', '.join(probe.agent_names)}")
 
 # %% [markdown]
 # ---
@@ -212,7 +209,7 @@ if world_size > 1:
 #
 # | key | shape | whose |
 # |---|---|---|
-# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: position, speed, way to its goal, lidar |
+# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: place, speed, its goal, lidar |
 # | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
 # | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | each agent's: the team's progress, own collisions |
 # | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
@@ -261,11 +258,11 @@ action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_
 
 # %%
 torch.manual_seed(seed)
-policy_network = MultiAgentMLP(
-    n_agent_inputs=n_obs, n_agent_outputs=2 * action_spec.shape[-1], n_agents=n_agents, centralized=False,
-    share_params=share_parameters_policy, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
-policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()), in_keys=[("agents", "observation")],
-                                 out_keys=[("agents", "loc"), ("agents", "scale")])
+network = {"n_agent_inputs": n_obs, "n_agents": n_agents, "depth": depth, "num_cells": num_cells}  # of either
+policy_network = MultiAgentMLP(n_agent_outputs=2 * action_spec.shape[-1], centralized=False, device=device,
+                               share_params=share_parameters_policy, activation_class=nn.Tanh, **network)
+policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()),
+                                 in_keys=[("agents", "observation")], out_keys=[("agents", "loc"), ("agents", "scale")])
 policy = ProbabilisticActor(
     policy_module, in_keys=[("agents", "loc"), ("agents", "scale")], out_keys=[("agents", "action")],
     distribution_class=TanhNormal, distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high},
@@ -293,9 +290,8 @@ untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 # %%
 torch.manual_seed(seed + 1)  # so that running again from here on, mappo flipped, is a fair comparison
 policy.load_state_dict(untrained_policy.state_dict())
-critic_network = MultiAgentMLP(
-    n_agent_inputs=n_obs, n_agent_outputs=1, n_agents=n_agents, centralized=mappo,
-    share_params=share_parameters_critic, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
+critic_network = MultiAgentMLP(n_agent_outputs=1, centralized=mappo, device=device,
+                               share_params=share_parameters_critic, activation_class=nn.Tanh, **network)
 critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
 
 # %% [markdown]
@@ -316,8 +312,8 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 # ratio has moved by clip_epsilon in the direction that pays, its gradient is zero, so that several epochs on one batch
 # cannot carry the policy far from the one that collected it.
 #
-# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random. It keeps the policy from settling on one
-# action before it has tried others.
+# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random. It keeps the policy from settling
+# on one action before it has tried others.
 #
 # Advantages are normalised over the frames of a minibatch, for each agent apart: the agent dimension, -2, is excluded
 # from the mean and the standard deviation.
@@ -354,7 +350,8 @@ if world_size > 1:
         advantage = inputs[0]["agents", "advantage"]  # (minibatch_size, n_agents, 1)
         moments = torch.stack([advantage.mean(dim=0), advantage.square().mean(dim=0)]) / world_size
         torch.distributed.all_reduce(moments)
-        inputs[0]["agents", "advantage"] = (advantage - moments[0]) / (moments[1] - moments[0] ** 2).sqrt().clamp_min(1e-6)
+        std = (moments[1] - moments[0] ** 2).sqrt().clamp_min(1e-6)
+        inputs[0]["agents", "advantage"] = (advantage - moments[0]) / std
 
     if normalize_advantage:
         loss_module.normalize_advantage = False
@@ -372,7 +369,8 @@ columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rat
            "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
 metrics = []  # for each iteration a dictionary of these columns
 algorithm = "MAPPO" if mappo else "IPPO"
-run_folder = Path(resume or f"{output_dir}/{algorithm.lower()}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
+new_folder = f"{algorithm.lower()}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+run_folder = Path(resume or Path(output_dir, new_folder))
 learning = {"policy": policy, "critic": critic, "optimizer": optimizer}
 of_the_job = {"frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
 hyperparameters = {name: globals()[name] for name in hyperparameters} | of_the_job
@@ -384,7 +382,7 @@ if checkpoint is not None:
         metrics = checkpoint["metrics"]
         assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
     except Exception as error:
-        stop(f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
+        require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
     print(f"{run_folder}: {len(metrics)} iterations are done, {n_iters - len(metrics)} remain")
 
 
@@ -398,7 +396,7 @@ def write(name, save):
 
 
 def record(means, seconds):
-    """Add the `means` of an iteration, a TensorDict, to the metrics and save; raise FloatingPointError if not finite."""
+    """Add the `means` of an iteration, a TensorDict, to the metrics, and save; a FloatingPointError if not finite."""
     values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
     if world_size > 1:
         torch.distributed.all_reduce(values)
@@ -414,7 +412,7 @@ def record(means, seconds):
         states |= {"hyperparameters": hyperparameters, "metrics": [*metrics, row]}
         write("checkpoint.pt", lambda file: torch.save(states, file))
     metrics.append(row)
-    progress.set_postfix_str(f"episode reward {values[0]:.2f}, success rate {values[1]:.2f}, {frames / seconds:.0f} frames/s")
+    progress.set_postfix_str(f"reward {values[0]:.2f}, success rate {values[1]:.2f}, {frames / seconds:.0f} frames/s")
 
 
 if rank == 0:
@@ -422,7 +420,7 @@ if rank == 0:
         run_folder.mkdir(parents=True, exist_ok=checkpoint is not None)
         write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
     except OSError as error:
-        check("output_dir", False, f"a folder that can be written ({error})")
+        require(False, f"--output-dir {output_dir}: give a folder that can be written ({error})")
 
 # %% [markdown]
 # ---
@@ -438,7 +436,8 @@ if rank == 0:
 
 # %%
 batches = iter(collector)
-for iteration in (progress := tqdm(range(len(metrics), n_iters), algorithm, n_iters, initial=len(metrics), disable=rank > 0)):
+progress = tqdm(range(len(metrics), n_iters), algorithm, n_iters, initial=len(metrics), disable=rank > 0)
+for iteration in progress:
     start = time.perf_counter()
     iteration_seed = random.Random(f"{seed} {iteration} {rank}").getrandbits(32)
     torch.manual_seed(iteration_seed)
@@ -476,8 +475,8 @@ for iteration in (progress := tqdm(range(len(metrics), n_iters), algorithm, n_it
 # ## 7. Evaluation
 # While it learns, the policy draws its actions at random; here it takes the mean of its distribution instead. Both the
 # trained and the untrained policy play the same `evaluation_episodes` fresh episodes. An episode counts from its reset
-# to its first "done", no further. In navigation it terminates only when every agent is at its goal, so *success rate* is
-# the share of episodes in which that happened before the time limit. A collision is a step in which an agent touches
+# to its first "done", no further. In navigation it terminates only when every agent is at its goal, so *success rate*
+# is the share of episodes in which that happened before the time limit. A collision is a step in which an agent touches
 # another; it costs that agent a reward of 1. Other scenarios report what they keep in their "info".
 
 # %%
@@ -503,9 +502,8 @@ def evaluate(policy):
     results = {"episode reward per agent": total("reward"),
                "success rate" if "final_rew" in infos else "share that ended before max_steps": reached,
                "episode length in steps": counts.sum(dim=1).float().mean().item()}
-    if "agent_collisions" in infos:
-        return results | {"collisions per episode and agent": -total(("info", "agent_collisions"))}
-    return results | {f"{key}, summed": total(("info", key)) for key in infos}
+    return results | ({"collisions per episode and agent": -total(("info", "agent_collisions"))}
+                      if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
 
 
 before, after = evaluate(untrained_policy), evaluate(policy)
@@ -524,10 +522,9 @@ for name in after:
 # `mappo`, run again, and compare.
 
 # %%
-network = {"n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1], "n_agents": n_agents, "depth": depth,
-           "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
-network = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
-write("policy.pt", lambda file: torch.save(network | {"state_dict": policy_network.state_dict()}, file))
+network |= {"n_agent_outputs": 2 * action_spec.shape[-1], "centralized": False, "share_params": share_parameters_policy}
+how_to_use = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
+write("policy.pt", lambda file: torch.save(how_to_use | {"state_dict": policy_network.state_dict()}, file))
 
 runs = []
 for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
@@ -552,7 +549,7 @@ for axis, column, name in zip(axes, columns[3:5], after):
             draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
             low, high = curves[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
             axis.fill_between(frames, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label}, mean of {len(curves)} run(s)")
+            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label}, mean of {len(curves)} runs")
 axes[0].legend()
 write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
 
@@ -564,5 +561,5 @@ try:
 except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
     print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
 if film:
-    write("rollout.gif", lambda file: film[0].save(file, "GIF", save_all=True, append_images=film[1:], duration=60, loop=0))
+    write("rollout.gif", lambda file: film[0].save(file, "GIF", save_all=True, append_images=film, duration=60, loop=0))
 print(f"\nThe results of this run are in {run_folder}")
