@@ -5,7 +5,7 @@ VMAS simulator. They learn it with MAPPO or, when one flag is flipped, with IPPO
 
     python train_mappo.py                              MAPPO with the hyperparameters of Section 1
     python train_mappo.py --no-mappo --seed 1          IPPO, with another seed; --help lists all options
-    python train_mappo.py --scenario-name balance      another scenario with one team of alike agents
+    python train_mappo.py --scenario-name balance      another scenario, if its agents are one team and all of a kind
     python train_mappo.py --resume runs/FOLDER         go on with a stopped run, or show a finished one again
     torchrun --nproc-per-node 2 train_mappo.py         one policy, trained by two processes
     in a notebook: open this file with jupytext, VS Code or PyCharm, or paste its sections one after the other
@@ -46,11 +46,14 @@ from tqdm import tqdm
 # better than expected; it is needed for learning only.
 #
 # With several agents one thing changes. Each agent's environment contains the other agents, and they learn too: what
-# was a good move yesterday may be a bad one today. To a single agent the world is *non-stationary*.
-# IPPO ("independent", de Witt et al. 2020, arXiv:2011.09533) ignores this and gives each agent a critic that sees what
-# the agent sees. MAPPO (Yu et al. 2022, arXiv:2103.01955) gives the critic the observations of the whole team, so that
-# what the others are doing is no longer hidden from it. In both, each *policy* sees only its own agent's observation:
-# training is centralised, execution is not. One flag, the first below, switches between them.
+# was a good move yesterday may be a bad one today. To a single agent the world is *non-stationary*. Here on-policy
+# learning helps: old experience would tell of teammates that no longer exist.
+#
+# Two ways to set up the critic are compared here. IPPO ("independent", de Witt et al. 2020, arXiv:2011.09533) treats
+# the others as part of the world: the critic predicts an agent's return from what that agent sees. MAPPO (Yu et al.
+# 2022, arXiv:2103.01955) shows the critic the observations of the whole team, so that less of the return looks like
+# chance. In both, each *policy* sees only its own agent's observation. MAPPO is therefore said to train centrally and
+# to act decentrally. One flag, the first below, switches between the two.
 #
 # ## 1. Hyperparameters
 # A *frame* is one step of one environment, in which all agents act at once.
@@ -74,10 +77,10 @@ anneal_lr = False  # let the learning rate fall linearly, to reach 0 after the l
 max_grad_norm = 1.0  # longest gradient that is not scaled down
 clip_epsilon = 0.2  # how far the ratio of new to old action probability may leave 1 before its gradient stops
 gamma = 0.99  # discount factor of the return
-lmbda = 0.9  # lambda of GAE: 0 trusts the critic alone, 1 the collected rewards alone
+lmbda = 0.9  # lambda of GAE, from 0 (one reward, then the critic) to 1 (all rewards of the episode)
 entropy_eps = 1e-4  # weight of the entropy bonus
 critic_coeff = 0.5  # weight of the value loss
-normalize_advantage = True  # give the advantages of each minibatch mean 0 and standard deviation 1
+normalize_advantage = True  # give each agent's advantages in a minibatch mean 0 and standard deviation 1
 
 share_parameters_policy = True  # one policy network for all agents; False gives each its own
 share_parameters_critic = True  # one critic network for all agents; False gives each its own
@@ -93,15 +96,12 @@ output_dir = "runs"  # folder in which each run makes a folder of its own
 #
 # ---
 # ## Command line and checks (skip this on a first reading)
-# Every name above is an option: `n_iters` is `--n-iters`, and `mappo` is `--mappo` or `--no-mappo`. Names, defaults
-# and meanings are read from Section 1, so that they are written only once. In a notebook the arguments belong to the
-# kernel, not to this file, and are left alone.
-#
-# Whatever is wrong with the options is said in one line before anything is trained. What goes wrong later (Ctrl-C, a
-# full disk, numbers that are not finite) ends in one line, too, that says what was kept.
+# Every name above is an option: `n_iters` is `--n-iters`, and `mappo` is `--mappo` or `--no-mappo`. In a notebook the
+# arguments belong to the kernel, not to this file, and are left alone. Whatever is wrong with an option is said in one
+# line before anything is trained; Ctrl-C, a full disk or a number that is not finite end a run in one line, too.
 
 # %%
-hyperparameters = globals().get("hyperparameters") or {
+hyperparameters = globals().get("hyperparameters") or {  # as they are, when a notebook runs this cell once more
     name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
@@ -155,17 +155,17 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
         try:
             checkpoint = torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
             saved = {name: checkpoint["hyperparameters"][name] for name in hyperparameters if name != "device"}
-            assert all(type(saved[name]) is type(hyperparameters[name]) for name in saved) and checkpoint["metrics"]
+            assert checkpoint["metrics"][0] and all(type(saved[n]) is type(hyperparameters[n]) for n in saved)
         except Exception as error:
             require(False, f"--resume {resume}: this is no folder of a run, or damaged ({type(error).__name__})")
         for name in given.keys() & saved.keys() - {"n_iters"}:
-            require(given[name] == saved[name], f"{option[name]} {given[name]}: leave it out, the run has {saved[name]}")
+            require(given[name] == saved[name], f"{option[name]} {given[name]}: this run has {saved[name]}, drop it")
         globals().update(saved | given)
         n_iters = max(n_iters, len(checkpoint["metrics"]))
 
-    ranges = {"max_steps frames_per_batch n_iters num_epochs depth num_cells evaluation_episodes": (1, 10**9),
-              "n_agents": (1, 1000), "minibatch_size": (2, 10**9), "seed evaluation_seed": (0, 2**32 - 1),
-              "gamma lmbda": (0, 1), "clip_epsilon": (1e-9, 1), "lr max_grad_norm": (1e-9, 1e9),
+    ranges = {"max_steps frames_per_batch n_iters num_epochs num_cells evaluation_episodes": (1, 10**9),
+              "n_agents depth": (1, 1000), "minibatch_size": (2, 10**9), "seed evaluation_seed": (0, 2**32 - 1),
+              "lr max_grad_norm": (1e-9, 1e9), "clip_epsilon": (1e-9, 1), "gamma lmbda": (0, 1),
               "entropy_eps critic_coeff": (0, 1e9)}
     for name, (low, high) in [(name, bounds) for names, bounds in ranges.items() for name in names.split()]:
         value = globals()[name]
@@ -202,16 +202,17 @@ if world_size > 1:
 # ---
 # ## 2. Environment
 # VMAS simulates `num_vmas_envs` copies of the scenario at once, as one batch of tensors on `device`. The policy runs
-# there, too, so on a GPU the data never leaves it. There are just enough copies for one whole episode each in a batch.
+# there, too, so on a GPU the data never leaves it. There are enough copies for one full episode each in a batch; where
+# an episode ends early, another begins, and the end of the batch cuts it off.
 #
-# All parts of TorchRL hand one TensorDict to each other, a dictionary of tensors. Some of its entries are the team's,
-# one per environment, and some are each agent's own and lie one level deeper, under `"agents"`:
+# All parts of TorchRL hand one TensorDict to each other, a dictionary of tensors. What a step led to lies under
+# `"next"`. Some entries are the team's, one per environment; those that each agent has of its own lie under `"agents"`:
 #
 # | key | shape | whose |
 # |---|---|---|
 # | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: place, speed, its goal, lidar |
 # | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
-# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | each agent's: the team's progress, own collisions |
+# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | the team's progress, less the agent's own collisions |
 # | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
 # | `("next", "truncated")` | (num_vmas_envs, 1) | the team's: the time is up |
 # | `("next", "done")` | (num_vmas_envs, 1) | the team's: one or the other |
@@ -221,7 +222,7 @@ if world_size > 1:
 # A time limit is not a termination. After a termination nothing more can be earned, so the value of what follows is
 # zero; when time runs out, the robots could have gone on, and the critic's estimate of what they would have earned
 # still counts. VMAS, given `max_steps`, would report both as "terminated"; `StepCounter` keeps them apart.
-# `RewardSum` adds up each agent's rewards since the episode began.
+# `RewardSum` adds up each agent's rewards since the episode began, as `("next", "agents", "episode_reward")`.
 
 
 # %%
@@ -229,8 +230,7 @@ def make_env(num_envs, seed):
     """Build the scenario as `num_envs` environments that step together, their random numbers drawn from `seed`."""
     simulator = VmasEnv(scenario_name, num_envs=num_envs, n_agents=n_agents, seed=seed, device=device,
                         group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)  # one team, under the key "agents"
-    reward_sum = RewardSum(in_keys=[("agents", "reward")], out_keys=[("agents", "episode_reward")])
-    return TransformedEnv(simulator, Compose(StepCounter(max_steps), reward_sum))
+    return TransformedEnv(simulator, Compose(StepCounter(max_steps), RewardSum()))
 
 
 num_vmas_envs = frames_per_batch // max_steps
@@ -240,8 +240,8 @@ n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_agents, n_actions)
 
 # %% [markdown]
-# *Question 2. `max_steps` is 100 and a robot needs about 65 steps. What would the critic learn to expect at step 99 if
-# the time limit were reported as a termination?*
+# *Question 2. If the time limit were a termination, what return would the critic be taught for an episode's last step,
+# and can it see that it is the last?*
 #
 # ---
 # ## 3. Policy
@@ -253,14 +253,14 @@ action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_
 # taken is kept, as PPO will need it: (num_vmas_envs, n_agents).
 #
 # With `share_parameters_policy` all agents use the same weights. One network then learns from the experience of the
-# whole team, n_agents times as much, and faster. The price: agents that observe the same do the same, so a task that
-# needs specialists needs an observation that tells the agents apart, or networks of their own.
+# whole team, n_agents times as much, and faster. The price: agents that observe the same choose alike, so a task that
+# needs specialists needs observations that tell the agents apart, or networks of their own.
 
 # %%
 torch.manual_seed(seed)
-network = {"n_agent_inputs": n_obs, "n_agents": n_agents, "depth": depth, "num_cells": num_cells}  # of either
-policy_network = MultiAgentMLP(n_agent_outputs=2 * action_spec.shape[-1], centralized=False, device=device,
-                               share_params=share_parameters_policy, activation_class=nn.Tanh, **network)
+network = {"n_agents": n_agents, "n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1], "depth": depth,
+           "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
+policy_network = MultiAgentMLP(**network, activation_class=nn.Tanh, device=device)
 policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()),
                                  in_keys=[("agents", "observation")], out_keys=[("agents", "loc"), ("agents", "scale")])
 policy = ProbabilisticActor(
@@ -270,28 +270,30 @@ policy = ProbabilisticActor(
 untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 
 # %% [markdown]
-# *Question 3. How many weights has the policy, and how many with `--no-share-parameters-policy`?*
+# *Question 3. How many weights and biases has the policy, and how many with `--no-share-parameters-policy`?*
 #
 # ---
 # ## 4. Critic
 # This is where MAPPO and IPPO part, in the one argument `centralized`.
 #
 # - MAPPO: the observations of all agents, joined to one vector of n_agents × n_obs numbers (54 with the defaults), go
-#   in. What the other agents are about to do no longer looks like chance, and the value is easier to predict. But the
-#   input grows with the team, and much of it may not matter to any one agent.
-# - IPPO: each agent's value comes from its own n_obs numbers (18), however large the team. The others are part of a
-#   world that changes as they learn.
+#   in. Where the others are, and how far from their goals, no longer looks like chance, so the return is easier to
+#   predict and advantages are less noisy. But the input grows with the team, and much may not matter to one agent.
+# - IPPO: each agent's value comes from its own n_obs numbers (18), however large the team.
 #
-# The critic gives a value for each agent, (num_vmas_envs, n_agents, 1), either way. With `share_parameters_critic` one
+# Neither makes the world stationary, for the other agents' policies still change; MAPPO shows the critic more of it.
+#
+# Either way the critic gives a value for each agent, (num_vmas_envs, n_agents, 1). With `share_parameters_critic` one
 # network serves them all. For MAPPO that means one input and one network, hence *the same value for every agent*, a
 # value of the team's situation; this fits when rewards are mostly shared, as here. For IPPO the inputs differ, so the
 # values do.
 
 # %%
-torch.manual_seed(seed + 1)  # so that running again from here on, mappo flipped, is a fair comparison
-policy.load_state_dict(untrained_policy.state_dict())
-critic_network = MultiAgentMLP(n_agent_outputs=1, centralized=mappo, device=device,
-                               share_params=share_parameters_critic, activation_class=nn.Tanh, **network)
+torch.manual_seed(seed + 1)  # this line and the next are for notebooks: flip mappo, run again from here on,
+policy.load_state_dict(untrained_policy.state_dict())  # and both start from the same untrained policy
+critic_network = MultiAgentMLP(
+    n_agents=n_agents, n_agent_inputs=n_obs, n_agent_outputs=1, centralized=mappo,
+    share_params=share_parameters_critic, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
 critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
 
 # %% [markdown]
@@ -299,40 +301,42 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 #
 # ---
 # ## 5. Collection, replay buffer, loss and optimizer
-# `Collector` (named SyncDataCollector in older TorchRL) steps the environment with the policy and yields batches of
-# shape (num_vmas_envs, max_steps), every environment reset at the start of each. The replay buffer, usually a memory
-# for off-policy learning, holds one batch only: sampling *without replacement*, it deals the batch out in
-# minibatches in which each frame occurs exactly once an epoch.
+# `Collector` (formerly SyncDataCollector) steps the environment with the policy and yields batches of shape
+# (num_vmas_envs, max_steps), with a fresh reset before each batch. The replay buffer, usually a memory for off-policy
+# learning, holds one batch only: sampling *without replacement*, it deals the batch out in minibatches, in which each
+# frame occurs exactly once an epoch.
+#
+# PPO's objective for one agent stays as it is; with several, every agent has a probability ratio and an advantage of
+# its own in each frame, and the loss is the mean over frames and agents.
 #
 # *Generalised advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) mixes all n-step returns, weighted by
 # lmbda, into one estimate of how much better an action was than the critic expected. The multi-agent form, `MAGAE`,
-# also lends the team's "done" flags, (num_vmas_envs, max_steps, 1), to every agent.
+# lends the team's "done" to every agent: a "done" stops the sum, and a "terminated" also sets the next value to zero.
 #
-# *Clipping*: the loss follows the ratio between new and old probability of an action, times its advantage. Once the
-# ratio has moved by clip_epsilon in the direction that pays, its gradient is zero, so that several epochs on one batch
-# cannot carry the policy far from the one that collected it.
+# *Clipping*: the objective is the ratio of new to old probability of an action, times its advantage. Once the ratio
+# has moved by clip_epsilon in the direction that pays, its gradient is zero: nothing is gained by leaving the policy
+# that collected the batch further behind, which is what allows several epochs on it.
 #
-# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random. It keeps the policy from settling
-# on one action before it has tried others.
+# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random, so that it does not settle on one
+# action before it has tried others. A squashed normal has no formula for its entropy: the loss estimates it by sampling.
 #
-# Advantages are normalised over the frames of a minibatch, for each agent apart: the agent dimension, -2, is excluded
-# from the mean and the standard deviation.
+# Advantages are normalised, so that the size of a step does not depend on the scale of the rewards, and for each agent
+# apart: the agent dimension, -2, is excluded from the mean and the standard deviation. The value loss is the smooth L1
+# distance between value and advantage + old value.
 
 # %%
 collector = Collector(
     env, policy, device=device, frames_per_batch=frames_per_batch, total_frames=-1,  # endless: the loop below counts
-    reset_at_each_iter=True, track_traj_ids=False, auto_register_policy_transforms=False)  # the policy has no memory
+    reset_at_each_iter=True, track_traj_ids=False, auto_register_policy_transforms=False)  # our policy has no memory
 replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=device),
                              sampler=SamplerWithoutReplacement(), batch_size=minibatch_size)
 loss_module = ClipPPOLoss(
     policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff,
     normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,),
     functional=False)  # use the networks as they are: faster than handing their weights to stateless copies
-loss_module.set_keys(
-    reward=("agents", "reward"), action=("agents", "action"), value=("agents", "state_value"),
-    advantage=("agents", "advantage"), value_target=("agents", "value_target"))
+loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # the others are where it looks
 loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
-estimate_advantages = loss_module.value_estimator
+estimate_advantages = loss_module.value_estimator  # GAE, with the critic
 optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 
 # %% [markdown]
@@ -341,17 +345,17 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 # ---
 # ## Many processes, continued (skip this on a first reading)
 # DistributedDataParallel averages the gradients of all processes during each backward pass. The mean and the standard
-# deviation that normalise the advantages are taken over the minibatch of the whole job, too, so that the gradient is
-# the one that a single process would have computed.
+# deviation that normalise the advantages are taken over all processes, too, as if over one large minibatch.
 
 # %%
 if world_size > 1:
     def normalize_over_the_job(_, inputs):
-        advantage = inputs[0]["agents", "advantage"]  # (minibatch_size, n_agents, 1)
+        advantage = inputs[0]["advantage"]  # (minibatch_size, n_agents, 1)
         moments = torch.stack([advantage.mean(dim=0), advantage.square().mean(dim=0)]) / world_size
         torch.distributed.all_reduce(moments)
-        std = (moments[1] - moments[0] ** 2).sqrt().clamp_min(1e-6)
-        inputs[0]["agents", "advantage"] = (advantage - moments[0]) / std
+        correction = minibatch_size * world_size / (minibatch_size * world_size - 1)
+        std = ((moments[1] - moments[0] ** 2) * correction).clamp_min(1e-12).sqrt()
+        inputs[0]["advantage"] = (advantage - moments[0]) / std
 
     if normalize_advantage:
         loss_module.normalize_advantage = False
@@ -362,7 +366,10 @@ if world_size > 1:
 # ---
 # ## Record keeping (skip this on a first reading)
 # A run has a folder of its own. After each iteration it holds a checkpoint and a table of measurements, each written
-# beside the old one and put in its place when it is whole, so that a run can be killed at any moment and resumed.
+# beside the old one and put in its place when it is whole: a run can be killed at any moment and resumed. The losses
+# are means over the iteration's minibatches. `kl_approx` says how far the policy has moved from the one that collected
+# the batch, `clip_fraction` in what share of the cases the ratio was clipped, and `explained_variance` how much of the
+# returns' variance the critic predicts (1: all; 0: no more than their mean would).
 
 # %%
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
@@ -383,7 +390,7 @@ if checkpoint is not None:
         assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
     except Exception as error:
         require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
-    print(f"{run_folder}: {len(metrics)} iterations are done, {n_iters - len(metrics)} remain")
+    print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
 
 
 def write(name, save):
@@ -425,14 +432,13 @@ if rank == 0:
 # %% [markdown]
 # ---
 # ## 6. Training loop
-# Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and then goes through
-# the batch num_epochs times in minibatches. The three terms of the loss share one backward pass and one optimizer;
-# policy and critic have no weights in common, so neither disturbs the other's gradient, except that both count towards
-# the length that max_grad_norm limits. The loop never reads a number back from the device while it learns: that would
-# make the GPU wait for Python at every step. What it wants to report, it keeps on the device and reads once at the end.
+# Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and goes through the
+# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. The loop never reads a
+# number back from the device while it learns, as that would make a GPU wait for Python at every step: what it is to
+# report stays on the device and is read once, at the end.
 #
-# The random numbers of an iteration depend on `seed` and `iteration` alone. So a run that was stopped and resumed
-# continues exactly like one that was not.
+# The random numbers of an iteration depend on `seed` and `iteration` alone, so that a run that was stopped and resumed
+# continues like one that was not.
 
 # %%
 batches = iter(collector)
@@ -469,15 +475,15 @@ for iteration in progress:
     record(means, time.perf_counter() - start)
 
 # %% [markdown]
-# *Question 6. Where in this loop would an off-policy method differ first?*
+# *Question 6. Which line would an off-policy method leave out, and why must PPO not?*
 #
 # ---
 # ## 7. Evaluation
-# While it learns, the policy draws its actions at random; here it takes the mean of its distribution instead. Both the
-# trained and the untrained policy play the same `evaluation_episodes` fresh episodes. An episode counts from its reset
-# to its first "done", no further. In navigation it terminates only when every agent is at its goal, so *success rate*
+# While it learns, the policy draws its actions at random; here it takes the squashed mean of its normal distribution.
+# The untrained and the trained policy play the same `evaluation_episodes` fresh episodes, each counted from its reset
+# to its first "done". In navigation an episode terminates only when every agent is at its goal, so the *success rate*
 # is the share of episodes in which that happened before the time limit. A collision is a step in which an agent touches
-# another; it costs that agent a reward of 1. Other scenarios report what they keep in their "info".
+# another. Other scenarios have the entries of their "info" printed instead.
 
 # %%
 if world_size > 1:
@@ -491,8 +497,7 @@ def evaluate(policy):
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         episodes = make_env(evaluation_episodes, evaluation_seed).rollout(
             max_steps, policy, break_when_any_done=False, break_when_all_done=True)["next"]
-    done = episodes["done"].squeeze(-1)  # (evaluation_episodes, max_steps)
-    counts = done.cumsum(dim=1) - done.int() == 0  # True up to and including the first done
+    counts = episodes["done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # True up to and including the first done
 
     def total(key):  # summed over an episode, averaged over agents and episodes
         return (episodes["agents"][key].flatten(2).mean(dim=2) * counts).sum(dim=1).mean().item()
@@ -500,7 +505,7 @@ def evaluate(policy):
     reached = (episodes["terminated"].squeeze(-1) & counts).any(dim=1).float().mean().item()
     infos = episodes["agents", "info"].keys() if "info" in episodes["agents"].keys() else []
     results = {"episode reward per agent": total("reward"),
-               "success rate" if "final_rew" in infos else "share that ended before max_steps": reached,
+               "success rate" if scenario_name == "navigation" else "share that ended before max_steps": reached,
                "episode length in steps": counts.sum(dim=1).float().mean().item()}
     return results | ({"collisions per episode and agent": -total(("info", "agent_collisions"))}
                       if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
@@ -517,12 +522,11 @@ for name in after:
 # ---
 # ## 8. Results
 # A run leaves its trained policy, its hyperparameters and measurements, a picture of how it learned and a film of one
-# episode. The learning curve shows all runs of this scenario beside each other, thin; the thick line is the mean over
-# the runs that share this run's hyperparameters (seed, length and flag aside), with a 95% bootstrap interval. So flip
+# episode. The learning curves are those of all runs of this scenario, thin. A thick line is the mean over finished runs
+# that differ in nothing but seed, device and flag, with its 95% bootstrap interval (give it several seeds). So flip
 # `mappo`, run again, and compare.
 
 # %%
-network |= {"n_agent_outputs": 2 * action_spec.shape[-1], "centralized": False, "share_params": share_parameters_policy}
 how_to_use = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
 write("policy.pt", lambda file: torch.save(how_to_use | {"state_dict": policy_network.state_dict()}, file))
 
@@ -549,17 +553,18 @@ for axis, column, name in zip(axes, columns[3:5], after):
             draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
             low, high = curves[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
             axis.fill_between(frames, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label}, mean of {len(curves)} runs")
+            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label} (mean, runs: {len(curves)})")
 axes[0].legend()
+axes[1].set_ylim(0, 1)
 write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
 
 film = []
 try:
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         make_env(1, evaluation_seed).rollout(
-            max_steps, policy, callback=lambda env, _: film.append(Image.fromarray(env.render(mode="rgb_array"))))
+            max_steps, policy, callback=lambda env, _: film.append(Image.fromarray(env.render("rgb_array")).reduce(2)))
 except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
     print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
 if film:
-    write("rollout.gif", lambda file: film[0].save(file, "GIF", save_all=True, append_images=film, duration=60, loop=0))
+    write("rollout.gif", lambda gif: film[0].save(gif, "GIF", append_images=film[1:], save_all=1, duration=60, loop=0))
 print(f"\nThe results of this run are in {run_folder}")
