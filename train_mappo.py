@@ -318,7 +318,7 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 # that collected the batch further behind, which is what allows several epochs on it.
 #
 # The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random, so that it does not settle on one
-# action before it has tried others. A squashed normal has no formula for its entropy: the loss estimates it by sampling.
+# action before it has tried others. A squashed normal has no formula for its entropy, so the loss samples it.
 #
 # Advantages are normalised, so that the size of a step does not depend on the scale of the rewards, and for each agent
 # apart: the agent dimension, -2, is excluded from the mean and the standard deviation. The value loss is the smooth L1
