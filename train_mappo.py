@@ -11,7 +11,6 @@ VMAS simulator. They learn it with MAPPO or, when one flag is flipped, with IPPO
     in a notebook: open this file with jupytext, VS Code or PyCharm, or paste its sections one after the other
 """
 
-# %%
 import argparse
 import copy
 import difflib
@@ -146,8 +145,7 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     nearest = difflib.get_close_matches((unknown or [""])[0].split("=")[0], known, 1, 0)[0]
     require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
     given = vars(given)
-    resume = given.pop("resume")
-    globals().update(given)
+    globals().update(given)  # also resume
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
         pattern = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*/checkpoint.pt"
         resume = max((path.parent for path in Path(output_dir).glob(pattern)), default=None, key=os.path.getmtime)
@@ -168,8 +166,7 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
               "lr max_grad_norm": (1e-9, 1e9), "clip_epsilon": (1e-9, 1), "gamma lmbda": (0, 1),
               "entropy_eps critic_coeff": (0, 1e9)}
     for name, (low, high) in [(name, bounds) for names, bounds in ranges.items() for name in names.split()]:
-        value = globals()[name]
-        require(low <= value <= high, f"{option[name]} {value}: give a number from {low} to {high}")
+        require(low <= globals()[name] <= high, f"{option[name]} {globals()[name]}: give a number from {low} to {high}")
     require(frames_per_batch % (max_steps * world_size) == 0, f"--frames-per-batch {frames_per_batch}: give a multiple "
             f"of max_steps, {max_steps}, for each of {world_size} process(es)")
     require(frames_per_batch % minibatch_size == 0 == minibatch_size % world_size, f"--minibatch-size {minibatch_size}:"
@@ -212,7 +209,7 @@ if world_size > 1:
 # |---|---|---|
 # | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: place, speed, its goal, lidar |
 # | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
-# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | the team's progress, less the agent's own collisions |
+# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | the team's progress, less one's own collisions |
 # | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
 # | `("next", "truncated")` | (num_vmas_envs, 1) | the team's: the time is up |
 # | `("next", "done")` | (num_vmas_envs, 1) | the team's: one or the other |
@@ -407,8 +404,7 @@ def record(means, seconds):
     values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
     if world_size > 1:
         torch.distributed.all_reduce(values)
-    sizes = [parameter.detach().abs().sum() for parameter in loss_module.parameters()]
-    if not torch.stack([*values, *sizes]).isfinite().all():
+    if not torch.stack([*values, *(p.detach().abs().sum() for p in loss_module.parameters())]).isfinite().all():
         raise FloatingPointError(f"iteration {len(metrics)} gave a loss or a parameter that is not finite")
     frames = hyperparameters["frames_per_batch"]
     row = dict(zip(columns, [len(metrics), (len(metrics) + 1) * frames, seconds, *values.tolist()]))
@@ -567,4 +563,7 @@ except Exception as error:  # without OpenGL, or with a broken one, many kinds o
     print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
 if film:
     write("rollout.gif", lambda gif: film[0].save(gif, "GIF", append_images=film[1:], save_all=1, duration=60, loop=0))
+    if "get_ipython" in globals():  # a notebook shows the figure by itself, but not the film
+        from IPython.display import Image as Film
+        display(Film(run_folder / "rollout.gif", format="png"))  # under this label, every notebook page shows it
 print(f"\nThe results of this run are in {run_folder}")

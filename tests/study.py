@@ -62,8 +62,7 @@ EXPERIMENTS = {
     "recipe": [run for options in ["", *RECIPES]
                for run in runs("navigation", range(5), algorithms=["MAPPO"], options=options)],
 }
-# What an experiment varies beside the algorithm and the seed, with its heading; runs that differ in it are different
-# tasks.
+# What an experiment varies beside the algorithm and the seed, with its heading: runs that differ here differ in task.
 VARIED = {"flag": {}, "scenarios": {"scenario": "scenario"}, "agents": {"n_agents": "agents"},
           "sharing": {"share_parameters_policy": "policy shared", "share_parameters_critic": "critic shared"},
           "recipe": {"options": "options"}}
@@ -177,7 +176,8 @@ def improvement(*samples):
 def interval(statistic, *samples):
     """The stratified 95% bootstrap interval of statistic(*samples): each sample is resampled from its own runs alone.
 
-    A percentile interval of 3 runs is rough: it cannot reach beyond the worst and the best of them.
+    A percentile interval of 3 runs is rough: it cannot reach beyond the worst and the best of them, and where every
+    run of one algorithm beats every run of the other, their probability of improvement is left without any width.
     """
     random = np.random.RandomState(0)  # the one generator of NumPy whose numbers stay the same in every version
     draws = [sample[random.randint(len(sample), size=(10_000, len(sample)))] for sample in samples]
@@ -263,14 +263,16 @@ def panel(axis, metric, marks, width):
         axis.plot(places - 0.3 * width, values, **STYLES[algorithm], linestyle="", markersize=4.5, alpha=0.5,
                   markeredgewidth=0)
         middle, (low, high) = center(values), interval(center, values)
-        axis.errorbar(place + 0.3 * width, middle, [[middle - low], [high - middle]], **STYLES[algorithm],
-                      markersize=8, markeredgecolor="black", capsize=4, ecolor="black")
+        reach = np.maximum([[middle - low], [high - middle]], 0)  # of equal runs, rounding could make it negative
+        axis.errorbar(place + 0.3 * width, middle, reach, **STYLES[algorithm], markersize=8, markeredgecolor="black",
+                      capsize=4, ecolor="black")
     axis.set_ylabel(METRICS[metric].label)
     axis.grid(axis="y", alpha=0.3)
     if metric == "success_rate":
         axis.set_ylim(-0.03, 1.03)
     elif metric in ("collisions", "seconds_per_iteration"):
-        axis.set_ylim(bottom=-0.03 * axis.get_ylim()[1])
+        top = axis.get_ylim()[1]
+        axis.set_ylim(-0.03 * top, 1.03 * top)
 
 
 def draw(name):

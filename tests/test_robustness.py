@@ -119,7 +119,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished,
     moments, folder = random.Random(7), None
     for saves_before in (0, None, None, 1, None):
         done = len(load(folder)["metrics"]) if folder else 0
-        options = ["--resume", folder, "--device", "cpu"] if folder else [*TINY, "--n-iters", 6, "--output-dir", tmp_path]
+        options = ["--resume", folder, "--device", "cpu"] if folder else TINY + ["--n-iters", 6, "--output-dir", tmp_path]
         if saves_before is None:
             begun = time.time_ns()
             process = start(*options)
@@ -133,7 +133,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished,
         finish(process, -signal.SIGKILL)
         folder = next((path.parent for path in tmp_path.glob("*/checkpoint.pt")), None)
         if saves_before is not None:
-            assert (len(load(folder)["metrics"]) if folder else 0) == done + saves_before  # whole, of the iteration before
+            assert (len(load(folder)["metrics"]) if folder else 0) == done + saves_before  # the last one that was whole
     finish(start("--resume", folder, "--device", "cpu"))
     assert_same(folder, finished[6])
     assert len([*tmp_path.glob("*/checkpoint.pt")]) == 1  # each start after the first checkpoint used the same folder
@@ -155,16 +155,21 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(finished, tmp_path):
 
 # Runs that are complete
 
-@pytest.mark.parametrize("options", [[], ["--n-iters", 0]], ids=["resume", "resume with no iterations"])
-def test_a_complete_run_is_shown_again_and_not_trained(short, options):
-    before = contents(short)
-    (short / "learning_curve.png").unlink()
-    out, _ = finish(start("--resume", short, "--device", "cpu", *options))
-    assert f"{short}: 3 of 3 iterations are done" in out
+def show_again(run, *options):
+    """Resume a complete run of 3 iterations, check that it shows its results and does not train; return its stdout."""
+    before = contents(run)
+    (run / "learning_curve.png").unlink()
+    out, _ = finish(start("--resume", run, "--device", "cpu", *options))
+    assert f"{run}: 3 of 3 iterations are done" in out
     assert "untrained" in out and "success rate" in out
-    after = contents(short)
+    after = contents(run)
     assert after.keys() == before.keys()
-    assert all(after[short / name] == before[short / name] for name in ("checkpoint.pt", "metrics.csv"))
+    assert all(after[run / name] == before[run / name] for name in ("checkpoint.pt", "metrics.csv"))
+    return out
+
+
+def test_a_complete_run_is_shown_again_and_not_trained(short):
+    show_again(short)
 
 
 def test_a_complete_run_can_be_made_longer(short, finished):
@@ -272,8 +277,8 @@ BAD_RESUMES = [(("--resume", "{folder}/" + name, *options), ("--resume {folder}/
     ("nowhere", (), ()), ("empty", (), ()), ("file", (), ()),
 ]]
 CONFLICTS = [(("--resume", "{folder}/good", *options), words) for options, words in [
-    (("--lr", "0.1"), ("--lr 0.1", "0.0003")), (("--seed", "5"), ("--seed 5", "the run has 0")),
-    (("--no-mappo",), ("--mappo False", "the run has True")), (("--num-cells", "64"), ("--num-cells 64", "32")),
+    (("--lr", "0.1"), ("--lr 0.1", "0.0003")), (("--seed", "5"), ("--seed 5", "run has 0")),
+    (("--no-mappo",), ("--mappo False", "run has True")), (("--num-cells", "64"), ("--num-cells 64", "32")),
 ]]
 
 
@@ -288,7 +293,8 @@ STRANGERS = {  # what to do to the states in a good checkpoint so that it must b
     "moments of another shape": lambda states: states["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
     "moments missing": lambda states: states["optimizer"]["state"][0].pop("exp_avg"),
     "moments of no parameter": lambda states: states["optimizer"]["state"].clear(),
-    "groups missing": lambda states: states["optimizer"].pop("param_groups"),
+    "settings of Adam as text": lambda states: states["optimizer"]["param_groups"][0].update(betas="text"),
+    "settings of Adam missing": lambda states: states["optimizer"].pop("param_groups"),
     "policy missing": lambda states: states.pop("policy"),
     "weights missing": lambda states: states["policy"].popitem(),
     "weights unknown": lambda states: states["policy"].update(unknown=torch.zeros(3)),
@@ -395,9 +401,19 @@ def test_the_traps_are_real(folder, refusals, name):
     victim.unlink()
 
 
+def test_neighbours_that_are_no_runs_do_not_spoil_the_learning_curve(folder, tmp_path):
+    """The learning curve shows all runs beside this one; here these are all the bad ones. Asked for 0 iterations."""
+    copies = shutil.copytree(folder, tmp_path / "runs")
+    out = show_again(copies / "good", "--n-iters", 0)
+    for name in [*TRAPS, *DAMAGED, "foreign"]:
+        assert f"{copies / name / 'checkpoint.pt'} is damaged" in out
+        assert not (folder / f"made by {name}").exists()
+
+
 def test_bad_input_is_refused_in_one_line_by_a_process_of_its_own(folder):
     """The same as above, with all that a user's own process may add to stderr and to the exit status."""
-    cases = [case for case in REFUSALS if case[0] in [("--lr", "text"), ("--n-itres", "3"), ("--resume", "{folder}/text")]]
+    own = [("--lr", "text"), ("--n-itres", "3"), ("--resume", "{folder}/trap in a pickle")]
+    cases = [case for case in REFUSALS if case[0] in own]
     processes = [start(*in_full(options, folder)) for options, _ in cases]
     assert len(processes) == 3
     for process, (_, words) in zip(processes, cases):
@@ -417,7 +433,7 @@ rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZ
 all_reduce, destroy_process_group = torch.distributed.all_reduce, torch.distributed.destroy_process_group
 
 def die_once(*args, **kwargs):
-    if rank == 1 and (folder / "die").exists() and [*folder.glob("runs/*/checkpoint.pt")]:
+    if rank == 1 and (folder / "die").exists() and [*folder.glob("runs/*/checkpoint.pt")]:  # an old one counts, too
         (folder / "die").unlink()
         os.kill(os.getpid(), signal.SIGKILL)
     return all_reduce(*args, **kwargs)
@@ -426,8 +442,8 @@ def look(script):
     networks = {name: script[name].state_dict() for name in ("policy", "critic")}
     torch.save(networks, folder / f"networks {rank} of {world_size}")
     if world_size == 1:
-        frames = script["batch"].reshape(-1)[:script["minibatch_size"]]
-        frames = frames[frames["agents", "advantage"].sum(dim=(1, 2)).argsort()]
+        frames = script["replay_buffer"].sample()
+        frames = frames[frames[script["loss_module"].tensor_keys.advantage].sum(dim=(1, 2)).argsort()]
         torch.save([networks, frames], folder / "minibatch")
     if (folder / "minibatch").exists():
         networks, frames = torch.load(folder / "minibatch", weights_only=False)
@@ -454,11 +470,12 @@ TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
 def in_processes(n, folder, *before):
     """Train in n processes, with `before` as options of torchrun; return the folder of the run, which must be one."""
     (folder / "look.py").write_text(LOOK_INTO_IT)
+    old = {*folder.glob("runs/*/checkpoint.pt")}
     finish(start(folder, SCRIPT, *TINY, "--n-iters", 3, "--entropy-eps", 0, "--output-dir", folder / "runs",
                  program=[*(TORCHRUN if n > 1 else ()), *before, folder / "look.py"]))
-    run, = (folder / "runs").iterdir()
-    assert [row["iteration"] for row in rows(run)] == ["0", "1", "2"]
-    return run
+    checkpoint, = {*folder.glob("runs/*/checkpoint.pt")} - old
+    assert [row["iteration"] for row in rows(checkpoint.parent)] == ["0", "1", "2"]
+    return checkpoint.parent
 
 
 @pytest.fixture(scope="module")
@@ -471,8 +488,9 @@ def two(tmp_path_factory):
 
 
 def test_two_processes_train_one_policy(two):
-    """Both processes end with the same networks, to the bit, and these are the ones that were saved."""
+    """Both processes end with the same networks, to the bit, and these are the ones that were saved, in one folder."""
     folder, run = two
+    assert [*(folder / "runs").iterdir()] == [run]
     networks = [torch.load(folder / f"networks {rank} of 2") for rank in (0, 1)]
     torch.testing.assert_close(*networks, rtol=0, atol=0)
     torch.testing.assert_close(networks[0], {name: load(run)[name] for name in networks[0]}, rtol=0, atol=0)
@@ -489,11 +507,23 @@ def test_two_processes_compute_the_gradient_of_one(two):
         torch.testing.assert_close(gradients, one, rtol=0, atol=1e-6)
 
 
-def test_a_job_that_lost_a_process_goes_on_from_its_checkpoint(two, tmp_path):
-    (tmp_path / "die").touch()  # a process dies when it finds this and a checkpoint
+@pytest.mark.parametrize("older_run", [False, True])
+def test_a_job_that_lost_a_process_is_started_again_by_torchrun(two, tmp_path, older_run):
+    """A process dies as soon as there is a checkpoint. The job goes on from it; but not from another job's.
+
+    With an older run in place, the process dies before the job has a checkpoint of its own.
+    """
+    (tmp_path / "die").touch()
+    if older_run:
+        older = shutil.copytree(two[1], tmp_path / "runs" / "mappo-navigation-seed0-20000101-000000")
+        before = contents(older)
     run = in_processes(2, tmp_path, "--max-restarts", 1)
     assert not (tmp_path / "die").exists()
     assert_same(run, two[1])
+    if older_run:
+        assert contents(older) == before
+    else:
+        assert [*(tmp_path / "runs").iterdir()] == [run]
 
 
 def test_processes_that_cannot_share_a_minibatch_are_refused_in_one_line(tmp_path):

@@ -3,10 +3,10 @@
 import io
 import runpy
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 from conftest import BAR, SCRIPT, command_line
@@ -22,14 +22,14 @@ def run_by_name(scenario, folder):
     tiny = ["--max-steps=5", "--frames-per-batch=20", "--minibatch-size=10", "--n-iters=1", "--evaluation-episodes=2"]
     sys.argv = command_line(folder / scenario, *tiny, f"--scenario-name={scenario}")
     status = 0
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors:
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors, warnings.catch_warnings():
         try:
             runpy.run_path(str(SCRIPT))
         except SystemExit as ending:
             status = ending.code
         except Exception as error:
             status = repr(error)
-    return status, errors.getvalue(), {path.name for path in Path(folder / scenario).glob("*/*")}
+    return status, errors.getvalue(), {path.name for path in (folder / scenario).glob("*/*")}
 
 
 @pytest.fixture(scope="module")
