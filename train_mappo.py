@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image  # Pillow comes with matplotlib
 from tensordict.nn import TensorDictModule
-from torch import nn
+from torch import distributed, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
 from torchrl.envs import Compose, ExplorationType, MarlGroupMapType, RewardSum, StepCounter, TransformedEnv, VmasEnv
@@ -105,6 +105,7 @@ hyperparameters = globals().get("hyperparameters") or {  # as they are, when a n
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
 warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios do not ask how many agents they have
+warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of a file that is then refused in one line
 warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
 resume = checkpoint = None
 
@@ -147,8 +148,9 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     given = vars(given)
     globals().update(given)  # also resume
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
-        pattern = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*/checkpoint.pt"
-        resume = max((path.parent for path in Path(output_dir).glob(pattern)), default=None, key=os.path.getmtime)
+        name = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"
+        newest = max(Path(output_dir).glob(name), default=Path())
+        resume = newest if (newest / "checkpoint.pt").exists() else None
     if resume is not None:
         try:
             checkpoint = torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
@@ -192,8 +194,12 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
 # %%
 if world_size > 1:
     frames_per_batch, minibatch_size = frames_per_batch // world_size, minibatch_size // world_size
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if device.startswith("cuda") else device
-    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if "cuda" in device else device
+    # The store outlives a restart and still holds the addresses of the processes before it, hence the prefix.
+    store = next(distributed.rendezvous("env://"))[0]
+    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if "cuda" in device else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 # %% [markdown]
 # ---
@@ -334,7 +340,8 @@ loss_module = ClipPPOLoss(
 loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # the others are where it looks
 loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
 estimate_advantages = loss_module.value_estimator  # GAE, with the critic
-optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
+parameters = list(loss_module.parameters())
+optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
 
 # %% [markdown]
 # *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
@@ -347,17 +354,15 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 # %%
 if world_size > 1:
     def normalize_over_the_job(_, inputs):
-        advantage = inputs[0]["advantage"]  # (minibatch_size, n_agents, 1)
-        moments = torch.stack([advantage.mean(dim=0), advantage.square().mean(dim=0)]) / world_size
-        torch.distributed.all_reduce(moments)
-        correction = minibatch_size * world_size / (minibatch_size * world_size - 1)
-        std = ((moments[1] - moments[0] ** 2) * correction).clamp_min(1e-12).sqrt()
-        inputs[0]["advantage"] = (advantage - moments[0]) / std
+        everyone = [torch.empty_like(inputs[0]["advantage"]) for _ in range(world_size)]
+        distributed.all_gather(everyone, inputs[0]["advantage"].contiguous())
+        std, mean = torch.std_mean(torch.cat(everyone), dim=0)  # (n_agents, 1)
+        inputs[0]["advantage"] = (inputs[0]["advantage"] - mean) / std.clamp_min(1e-6)
 
     if normalize_advantage:
         loss_module.normalize_advantage = False
         loss_module.register_forward_pre_hook(normalize_over_the_job)
-    loss_module = nn.parallel.DistributedDataParallel(loss_module, broadcast_buffers=False)
+    loss_module = nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
 
 # %% [markdown]
 # ---
@@ -403,8 +408,8 @@ def record(means, seconds):
     """Add the `means` of an iteration, a TensorDict, to the metrics, and save; a FloatingPointError if not finite."""
     values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
     if world_size > 1:
-        torch.distributed.all_reduce(values)
-    if not torch.stack([*values, *(p.detach().abs().sum() for p in loss_module.parameters())]).isfinite().all():
+        distributed.all_reduce(values)
+    if not torch.stack([*values, *(p.detach().abs().sum() for p in parameters)]).isfinite().all():
         raise FloatingPointError(f"iteration {len(metrics)} gave a loss or a parameter that is not finite")
     frames = hyperparameters["frames_per_batch"]
     row = dict(zip(columns, [len(metrics), (len(metrics) + 1) * frames, seconds, *values.tolist()]))
@@ -451,7 +456,7 @@ for iteration in progress:
         estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
 
     replay_buffer.empty()
-    replay_buffer.extend(batch.reshape(-1))  # (frames_per_batch,)
+    replay_buffer.extend(batch.reshape(-1).exclude("next"))  # (frames_per_batch,); the loss has no use for "next"
     all_losses = []
     for epoch in range(num_epochs):
         for minibatch in replay_buffer:  # (minibatch_size,)
@@ -459,7 +464,7 @@ for iteration in progress:
             loss = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(loss_module.parameters(), max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
             optimizer.step()
             all_losses.append(losses.detach())
     collector.update_policy_weights_()  # hands new weights to a collector that has its own copy; ours shares them
@@ -483,7 +488,7 @@ for iteration in progress:
 
 # %%
 if world_size > 1:
-    torch.distributed.destroy_process_group()
+    distributed.destroy_process_group()
 if rank > 0:
     sys.exit()
 

@@ -24,9 +24,10 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[1] / "train_mappo.py"
-TINY = ("--device cpu --max-steps 20 --frames-per-batch 600 --minibatch-size 100 --num-epochs 3 --num-cells 32 "
-        "--evaluation-episodes 10").split()
-LONGEST = 300  # seconds; only a process that hangs needs as much
+CPU = ("--device", "cpu")  # on which runs can be repeated to the bit
+TINY = (*CPU, *"--max-steps 20 --frames-per-batch 600 --minibatch-size 100 --num-epochs 3 --num-cells 32 "
+        "--evaluation-episodes 10".split())
+LONGEST = 180  # seconds; only a process that hangs needs as much
 
 
 def start(*words, program=(SCRIPT,), **how):
@@ -39,8 +40,9 @@ def finish(process, status=0):
     """Wait for a process, check its exit status, and return what it wrote to stdout and stderr."""
     try:
         out, err = process.communicate(timeout=LONGEST)
-    finally:
-        process.kill()
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun then ends the processes that it has started
+        raise
     assert process.returncode == status, err
     return out, err
 
@@ -117,9 +119,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     """Two kills come in the middle of writing a checkpoint, three at random moments; none leaves a trace in the end."""
     moments, folder = random.Random(7), None
-    for saves_before in (0, None, None, 1, None):
+    for saves_before in (0, 1, None, None, None):
         done = len(load(folder)["metrics"]) if folder else 0
-        options = ["--resume", folder, "--device", "cpu"] if folder else TINY + ["--n-iters", 6, "--output-dir", tmp_path]
+        options = ["--resume", folder, *CPU] if folder else [*TINY, "--n-iters", 6, "--output-dir", tmp_path]
         if saves_before is None:
             begun = time.time_ns()
             process = start(*options)
@@ -134,7 +136,7 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished,
         folder = next((path.parent for path in tmp_path.glob("*/checkpoint.pt")), None)
         if saves_before is not None:
             assert (len(load(folder)["metrics"]) if folder else 0) == done + saves_before  # the last one that was whole
-    finish(start("--resume", folder, "--device", "cpu"))
+    finish(start("--resume", folder, *CPU))
     assert_same(folder, finished[6])
     assert len([*tmp_path.glob("*/checkpoint.pt")]) == 1  # each start after the first checkpoint used the same folder
 
@@ -149,7 +151,7 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(finished, tmp_path):
     folder, = tmp_path.iterdir()
     assert command == ["python", "train_mappo.py", "--resume", str(folder)]
     assert len(rows(folder)) < 6
-    finish(start(*command[2:], "--device", "cpu", program=[command[1]], cwd=SCRIPT.parent))
+    finish(start(*command[2:], *CPU, program=[command[1]], cwd=SCRIPT.parent))
     assert_same(folder, finished[6])
 
 
@@ -159,7 +161,7 @@ def show_again(run, *options):
     """Resume a complete run of 3 iterations, check that it shows its results and does not train; return its stdout."""
     before = contents(run)
     (run / "learning_curve.png").unlink()
-    out, _ = finish(start("--resume", run, "--device", "cpu", *options))
+    out, _ = finish(start("--resume", run, *CPU, *options))
     assert f"{run}: 3 of 3 iterations are done" in out
     assert "untrained" in out and "success rate" in out
     after = contents(run)
@@ -173,7 +175,7 @@ def test_a_complete_run_is_shown_again_and_not_trained(short):
 
 
 def test_a_complete_run_can_be_made_longer(short, finished):
-    out, _ = finish(start("--resume", short, "--n-iters", 6, "--device", "cpu"))
+    out, _ = finish(start("--resume", short, "--n-iters", 6, *CPU))
     assert f"{short}: 3 of 6 iterations are done" in out
     assert_same(short, finished[6])
     assert json.loads((short / "hyperparameters.json").read_text())["n_iters"] == 6
@@ -187,7 +189,7 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(short):
     list(states["critic"].values())[-1].fill_(3e38)
     torch.save(states, short / "checkpoint.pt")
     before = contents(short)
-    _, err = finish(start("--resume", short, "--n-iters", 5, "--device", "cpu"), status=1)
+    _, err = finish(start("--resume", short, "--n-iters", 5, *CPU), status=1)
     assert "iteration 3 " in last_line(err) and str(short) in last_line(err)
     after = contents(short)
     assert all(after[short / name] == before[short / name] for name in ("checkpoint.pt", "metrics.csv"))
@@ -201,10 +203,10 @@ def no_file_above_40_kb():
 def test_a_full_disk_spares_the_last_checkpoint(short, finished):
     before = (short / "checkpoint.pt").read_bytes()
     assert len(before) > 40_000
-    _, err = finish(start("--resume", short, "--n-iters", 6, "--device", "cpu", preexec_fn=no_file_above_40_kb), 1)
+    _, err = finish(start("--resume", short, "--n-iters", 6, *CPU, preexec_fn=no_file_above_40_kb), 1)
     assert "too large" in last_line(err) and f"--resume {short}" in last_line(err)
     assert (short / "checkpoint.pt").read_bytes() == before
-    finish(start("--resume", short, "--n-iters", 6, "--device", "cpu"))  # now there is room again
+    finish(start("--resume", short, "--n-iters", 6, *CPU))  # now there is room again
     assert_same(short, finished[6])
 
 
@@ -336,7 +338,7 @@ def in_full(options, folder):
     """The words of a command line in which only the options under test can be wrong."""
     words = [word.format(folder=folder) for word in options]
     if "--resume" in words:
-        return [*words, "--device", "cpu"]
+        return [*words, *CPU]
     return [*TINY, "--n-iters", "1", "--output-dir", f"{folder}/runs", *words]
 
 

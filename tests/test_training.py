@@ -153,8 +153,8 @@ def test_advantages_agree_with_plain_loops(algorithm, request):
         arguments = [tensor[row, :, agent].tolist() for tensor in (reward, value, next_value)]
         flags = done[row].tolist(), terminated[row].tolist()
         advantage[row, :, agent] = torch.tensor(gae(*arguments, *flags, gamma, script["lmbda"]))
-    target = batch["agents", "value_target"].squeeze(-1)
-    torch.testing.assert_close(batch["agents", "advantage"].squeeze(-1), advantage, atol=1e-4, rtol=0)
+    target = batch["value_target"].squeeze(-1)
+    torch.testing.assert_close(batch["advantage"].squeeze(-1), advantage, atol=1e-4, rtol=0)
     torch.testing.assert_close(target, advantage + value, atol=1e-4, rtol=0)
     torch.testing.assert_close(target[terminated], reward[terminated], atol=1e-4, rtol=0)
     torch.testing.assert_close(target[truncated], (reward + gamma * next_value)[truncated], atol=1e-4, rtol=0)
@@ -184,18 +184,16 @@ def stated_shapes(text, sizes):
 
 
 def test_stated_shapes_are_the_real_ones(mappo):
-    """Every shape stated from Section 2 to 7, in prose, in the table or behind code, is that of the real tensor.
+    """Every shape stated in Sections 2 to 7, in prose, in the table or behind code, is that of the real tensor.
 
     A shape that is added to the text needs an entry here: the words before it and the tensor that it speaks of.
     """
-    batch, minibatch = mappo["batch"], mappo["minibatch"]
+    batch = mappo["batch"]
     with torch.no_grad():
         step = mappo["env"].step(mappo["policy"](mappo["env"].reset()))
         mappo["critic"](step)
-        episodes = mappo["make_env"](mappo["evaluation_episodes"], 0).rollout(
-            mappo["max_steps"], mappo["policy"], break_when_any_done=False)
     sizes = {name: mappo[name] for name in ("num_vmas_envs", "n_agents", "n_obs", "max_steps", "frames_per_batch",
-                                            "minibatch_size", "evaluation_episodes")}
+                                            "minibatch_size")}
     sizes["n_actions"] = mappo["action_spec"].shape[-1]
     assert len({*sizes.values()}) == len(sizes)
     tensors = {
@@ -205,25 +203,26 @@ def test_stated_shapes_are_the_real_ones(mappo):
         "PPO will need it": [step["agents", "action_log_prob"]],
         "gives a value for each agent": [step["agents", "state_value"]],
         "batches of shape": [batch],
-        '"done" flags': [batch["next", "done"], batch["next", "terminated"]],
         "batch = next(batches)": [batch],
-        '"advantage" and "value_target"': [batch["agents", "advantage"], batch["agents", "value_target"]],
+        '"advantage" and "value_target"': [batch["advantage"], batch["value_target"]],
         "replay_buffer.extend(batch.reshape(-1))": [mappo["replay_buffer"][:]],
-        "for minibatch in replay_buffer": [minibatch],
-        'advantage = inputs[0]["agents", "advantage"]': [minibatch["agents", "advantage"]],
-        'done = batch["next", "done"].squeeze(-1)': [mappo["done"]],
-        'done = episodes["done"].squeeze(-1)': [episodes["next", "done"].squeeze(-1)]}
-    rows = []
-    for before, parts in stated_shapes(TEXT.split("\n# ## 2. ")[1].split("\n# ## 8. ")[0], sizes):
+        "for minibatch in replay_buffer": [mappo["minibatch"]],
+        'done = batch["next", "done"].squeeze(-1)': [mappo["done"]]}
+    rows, used = [], set()
+    sections = [section for section in TEXT.split("\n# ## ") if section[0] in "234567"]
+    for before, parts in stated_shapes("".join(sections), sizes):
         if parts[0].isdigit():
             continue  # the numbers of the next test
         if before.endswith("` |"):
             rows.append(ast.literal_eval(before.split("`")[-2]))
             meant = [step[rows[-1]]]
         else:
-            [meant] = [tensors[words] for words in tensors if before.endswith(words)]
+            [words] = [words for words in tensors if before.endswith(words)] or [before[-100:]]
+            used.add(words)
+            meant = tensors[words]
         expected = tuple(sizes[part] if part in sizes else int(part) for part in parts)
         assert {tuple(tensor.shape) for tensor in meant} == {expected}, before[-100:]
+    assert used == {*tensors}
     assert len(rows) == 6 and torch.equal(step[rows[5]], step[rows[3]] | step[rows[4]])
 
 
