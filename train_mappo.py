@@ -376,7 +376,7 @@ if world_size > 1:
 # %%
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
            "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
-metrics = []  # for each iteration a dictionary of these columns
+metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iteration a dictionary of these columns
 algorithm = "MAPPO" if mappo else "IPPO"
 new_folder = f"{algorithm.lower()}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
 run_folder = Path(resume or Path(output_dir, new_folder))
@@ -388,7 +388,6 @@ if checkpoint is not None:
         for name, part in learning.items():
             part.load_state_dict(checkpoint[name])
         assert all(value.shape in (p.shape, ()) for p, state in optimizer.state.items() for value in state.values())
-        metrics = checkpoint["metrics"]
         assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
     except Exception as error:
         require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
@@ -442,7 +441,6 @@ if rank == 0:
 # continues like one that was not.
 
 # %%
-batches = iter(collector)
 progress = tqdm(range(len(metrics), n_iters), algorithm, n_iters, initial=len(metrics), disable=rank > 0)
 for iteration in progress:
     start = time.perf_counter()
@@ -451,7 +449,7 @@ for iteration in progress:
     env.set_seed(iteration_seed)  # VMAS has random numbers of its own
     optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters) if anneal_lr else lr
 
-    batch = next(batches)  # (num_vmas_envs, max_steps)
+    batch = collector.next()  # (num_vmas_envs, max_steps)
     with torch.no_grad():
         estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
 
@@ -479,6 +477,17 @@ for iteration in progress:
 # *Question 6. Which line would an off-policy method leave out, and why must PPO not?*
 #
 # ---
+# ## Many processes, the end (skip this on a first reading)
+# The policy is now the same in all processes; the first of them goes on alone.
+
+# %%
+if world_size > 1:
+    distributed.destroy_process_group()
+    if rank > 0:
+        sys.exit()
+
+# %% [markdown]
+# ---
 # ## 7. Evaluation
 # While it learns, the policy draws its actions at random; here it takes the squashed mean of its normal distribution.
 # The untrained and the trained policy play the same `evaluation_episodes` fresh episodes, each counted from its reset
@@ -487,12 +496,6 @@ for iteration in progress:
 # another. Other scenarios have the entries of their "info" printed instead.
 
 # %%
-if world_size > 1:
-    distributed.destroy_process_group()
-if rank > 0:
-    sys.exit()
-
-
 def evaluate(policy):
     """Play the evaluation episodes with the deterministic `policy` and return a dictionary of means over them."""
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):

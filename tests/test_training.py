@@ -203,9 +203,9 @@ def test_stated_shapes_are_the_real_ones(mappo):
         "PPO will need it": [step["agents", "action_log_prob"]],
         "gives a value for each agent": [step["agents", "state_value"]],
         "batches of shape": [batch],
-        "batch = next(batches)": [batch],
+        "batch = collector.next()": [batch],
         '"advantage" and "value_target"': [batch["advantage"], batch["value_target"]],
-        "replay_buffer.extend(batch.reshape(-1))": [mappo["replay_buffer"][:]],
+        'replay_buffer.extend(batch.reshape(-1).exclude("next"))': [mappo["replay_buffer"][:]],
         "for minibatch in replay_buffer": [mappo["minibatch"]],
         'done = batch["next", "done"].squeeze(-1)': [mappo["done"]]}
     rows, used = [], set()
@@ -245,11 +245,20 @@ def test_stated_numbers_are_those_of_the_defaults(mappo):
 
 
 def test_the_script_stays_short():
-    """At most 300 lines of code; blank lines and prose, which is comments and docstrings, do not count."""
+    """At most 300 lines of code; blank lines, prose (comments and docstrings) and "Many processes" do not count."""
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
     code = {line for token in tokenize.generate_tokens(io.StringIO(TEXT).readline) if token.type not in layout
             for line in range(token.start[0], token.end[0] + 1)}
     for node in ast.walk(ast.parse(TEXT)):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node) is not None:
             code -= {*range(node.body[0].lineno, node.body[0].end_lineno + 1)}
-    assert len(code) <= 300
+    aside = {line for line, section in enumerate_sections() if section.startswith("Many processes")}
+    assert len(aside & code) <= 25 and len(code - aside) <= 300
+
+
+def enumerate_sections():
+    """Each line's number and the heading of the section that it stands in."""
+    heading = ""
+    for number, line in enumerate(TEXT.splitlines(), start=1):
+        heading = line[5:] if line.startswith("# ## ") else heading
+        yield number, heading
