@@ -146,14 +146,15 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     nearest = difflib.get_close_matches((unknown or [""])[0].split("=")[0], known, 1, 0)[0]
     require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
     given = vars(given)
-    globals().update(given)  # also resume
+    resume = given.pop("resume")
+    globals().update(given)
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
         name = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"
         newest = max(Path(output_dir).glob(name), default=Path())
         resume = newest if (newest / "checkpoint.pt").exists() else None
     if resume is not None:
         try:
-            checkpoint = torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True)
+            checkpoint = dict(torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True))
             saved = {name: checkpoint["hyperparameters"][name] for name in hyperparameters if name != "device"}
             assert checkpoint["metrics"][0] and all(type(saved[n]) is type(hyperparameters[n]) for n in saved)
         except Exception as error:
@@ -377,17 +378,19 @@ if world_size > 1:
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
            "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
 metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iteration a dictionary of these columns
-algorithm = "MAPPO" if mappo else "IPPO"
-new_folder = f"{algorithm.lower()}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-run_folder = Path(resume or Path(output_dir, new_folder))
+algorithm = "mappo" if mappo else "ippo"
+run_folder = Path(resume or f"{output_dir}/{algorithm}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 learning = {"policy": policy, "critic": critic, "optimizer": optimizer}
 of_the_job = {"frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
 hyperparameters = {name: globals()[name] for name in hyperparameters} | of_the_job
 if checkpoint is not None:
     try:
-        for name, part in learning.items():
-            part.load_state_dict(checkpoint[name])
-        assert all(value.shape in (p.shape, ()) for p, state in optimizer.state.items() for value in state.values())
+        for name in ("policy", "critic"):
+            assert checkpoint[name].keys() == learning[name].state_dict().keys()
+            learning[name].load_state_dict(checkpoint[name])
+        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
+        assert all({key: value.shape for key, value in optimizer.state[parameter].items()} == {
+            "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters)
         assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
     except Exception as error:
         require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
@@ -441,7 +444,7 @@ if rank == 0:
 # continues like one that was not.
 
 # %%
-progress = tqdm(range(len(metrics), n_iters), algorithm, n_iters, initial=len(metrics), disable=rank > 0)
+progress = tqdm(range(len(metrics), n_iters), algorithm.upper(), n_iters, initial=len(metrics), disable=rank > 0)
 for iteration in progress:
     start = time.perf_counter()
     iteration_seed = random.Random(f"{seed} {iteration} {rank}").getrandbits(32)
@@ -537,7 +540,8 @@ write("policy.pt", lambda file: torch.save(how_to_use | {"state_dict": policy_ne
 runs = []
 for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
     try:
-        runs.append(torch.load(path, map_location="cpu", weights_only=True))
+        run = torch.load(path, map_location="cpu", weights_only=True)
+        runs.append((dict(run["hyperparameters"]), [{c: float(row[c]) for c in columns} for row in run["metrics"]]))
     except Exception:
         print(f"{path} is damaged, so the learning curve leaves it out")
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -545,13 +549,13 @@ for axis, column, name in zip(axes, columns[3:5], after):
     axis.set(title=scenario_name, xlabel="frames", ylabel=f"{name}, in training")
     for label, style in (("MAPPO", {"color": "tab:blue"}), ("IPPO", {"color": "tab:orange", "linestyle": "--"})):
         alike = {}
-        for theirs, rows in ((run["hyperparameters"], run["metrics"]) for run in runs):
-            if (theirs["scenario_name"], theirs["mappo"]) == (scenario_name, label == "MAPPO"):
+        for theirs, rows in runs:
+            if rows and (theirs.get("scenario_name"), theirs.get("mappo")) == (scenario_name, label == "MAPPO"):
                 frames, values = zip(*((row["frames"], row[column]) for row in rows))
                 axis.plot(frames, values, **style, linewidth=0.7, alpha=0.5)
-                differences = {name for name, _ in theirs.items() ^ hyperparameters.items()}
+                differences = {name for name, value in hyperparameters.items() if theirs.get(name) != value}
                 if differences <= {"mappo", "seed", "device", "output_dir"} and len(rows) == n_iters:
-                    alike[theirs["seed"]] = values
+                    alike[str(theirs["seed"])] = values
         if alike:
             curves, frames = torch.tensor(list(alike.values())), [row["frames"] for row in metrics]  # (runs, n_iters)
             draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
@@ -559,7 +563,6 @@ for axis, column, name in zip(axes, columns[3:5], after):
             axis.fill_between(frames, low, high, color=style["color"], alpha=0.2, linewidth=0)
             axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label} (mean, runs: {len(curves)})")
 axes[0].legend()
-axes[1].set_ylim(0, 1)
 write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
 
 film = []

@@ -295,8 +295,6 @@ STRANGERS = {  # what to do to the states in a good checkpoint so that it must b
     "moments of another shape": lambda states: states["optimizer"]["state"][0].update(exp_avg=torch.zeros(3)),
     "moments missing": lambda states: states["optimizer"]["state"][0].pop("exp_avg"),
     "moments of no parameter": lambda states: states["optimizer"]["state"].clear(),
-    "settings of Adam as text": lambda states: states["optimizer"]["param_groups"][0].update(betas="text"),
-    "settings of Adam missing": lambda states: states["optimizer"].pop("param_groups"),
     "policy missing": lambda states: states.pop("policy"),
     "weights missing": lambda states: states["policy"].popitem(),
     "weights unknown": lambda states: states["policy"].update(unknown=torch.zeros(3)),

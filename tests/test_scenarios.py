@@ -1,6 +1,7 @@
 """Every scenario of VMAS is either trained on by its name alone or refused in one line, and football is trained on."""
 
 import io
+import re
 import runpy
 import sys
 import warnings
@@ -47,7 +48,8 @@ def test_one_team_of_alike_agents_is_trained(outcome, scenario):
     status, errors, files = outcome[scenario]
     assert status == 0, errors
     assert "metrics.csv" in files
-    assert [line for line in errors.replace("\r", "\n").splitlines() if line.strip() and not BAR.match(line)] == []
+    ours = re.sub(r"^.*/vmas/.*Warning: .*\n.*\n", "", errors.replace("\r", "\n"), flags=re.MULTILINE)  # not VMAS's own
+    assert [line for line in ours.splitlines() if line.strip() and not BAR.match(line)] == []
 
 
 @pytest.mark.parametrize("scenario", sorted(UNLIKE))
