@@ -514,7 +514,7 @@ def evaluate(policy):
     results = {"episode reward per agent": total("reward"),
                "success rate" if scenario_name == "navigation" else "share that ended before max_steps": reached,
                "episode length in steps": counts.sum(dim=1).float().mean().item()}
-    return results | ({"collisions per episode and agent": -total(("info", "agent_collisions"))}
+    return results | ({"collisions per episode and agent": abs(total(("info", "agent_collisions")))}
                       if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
 
 

@@ -55,10 +55,8 @@ def run_script(device, folder):
 def run_script_up_to_training(device, folder):
     """As run_script, but stop before the training loop: training, evaluation and pictures need memory of their own."""
     sys.argv, names = tiny_settings(device, folder), {"__name__": "__main__", "__file__": SCRIPT}
-    statements = parse().body
-    loop = next(i for i, statement in enumerate(statements) if isinstance(statement, ast.For)
-                and statement.target.id == "iteration")
-    exec(compile(ast.Module(statements[:loop - 1], []), SCRIPT, "exec"), names)
+    before = [statement for statement in parse().body if statement.lineno < find_loop("iteration").lineno]
+    exec(compile(ast.Module(before, []), SCRIPT, "exec"), names)
     return names
 
 
@@ -219,9 +217,8 @@ def make_collection(names, num_envs, ends_early=False):
         simulator.scenario.done = lambda: (simulator.steps > 0) & (
             torch.rand(num_envs, generator=random, device=names["device"]) < 1 / 55)
     call = find(lambda node: isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Collector")
-    batches = iter(eval(compile(ast.Expression(call), SCRIPT, "eval"),
-                        names | {"env": env, "frames_per_batch": num_envs * names["max_steps"]}))
-    return lambda: next(batches)
+    return eval(compile(ast.Expression(call), SCRIPT, "eval"),
+                names | {"env": env, "frames_per_batch": num_envs * names["max_steps"]}).next
 
 
 def make_plain_stepping(names, num_envs):
@@ -323,7 +320,7 @@ def benchmark_iteration(names, rounds):
         spent = dict.fromkeys(turns, 0)
         for statement in find_loop("iteration").body:
             text = ast.unparse(statement)
-            part = ("collection" if "next(batches)" in text else "advantages" if "estimate_advantages" in text else
+            part = ("collection" if text.startswith("batch =") else "advantages" if "estimate_advantages" in text else
                     "updates" if isinstance(statement, ast.For) else "the rest")
             spent[part] += seconds(lambda: run(statement, names))
         for part in turns:
