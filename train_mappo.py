@@ -436,8 +436,8 @@ if rank == 0:
 # ---
 # ## 6. Training loop
 # Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and goes through the
-# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. The loop never reads a
-# number back from the device while it learns, as that would make a GPU wait for Python at every step: what it is to
+# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. The loop itself
+# reads no number back from the device while it learns, as a GPU would wait for Python at every step: what it is to
 # report stays on the device and is read once, at the end.
 #
 # The random numbers of an iteration depend on `seed` and `iteration` alone, so that a run that was stopped and resumed

@@ -1,7 +1,7 @@
 """How fast is the tutorial script, and what limits it? Prints Markdown tables; asserts nothing about time.
 
     python tests/benchmark.py                    a few minutes on two cores
-    python tests/benchmark.py --quick            a minute, without 6000 environments
+    python tests/benchmark.py --quick            a minute or two, without 6000 environments
     python tests/benchmark.py --device cuda      the same on a GPU
 
 Wherever two things are compared, they take turns, so that a change of the machine's speed meets both; a ratio is the
@@ -77,7 +77,7 @@ def find_loop(variable):
 
 def default(name):
     """The value that Section 1 of the script gives to a hyperparameter."""
-    return find(lambda node: isinstance(node, ast.Assign) and node.targets[0].id == name).value.value
+    return find(lambda node: isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name).value.value
 
 
 def run(statement, names):
