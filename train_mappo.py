@@ -149,9 +149,8 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     resume = given.pop("resume")
     globals().update(given)
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
-        name = f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"
-        newest = max(Path(output_dir).glob(name), default=Path())
-        resume = newest if (newest / "checkpoint.pt").exists() else None
+        old = max(Path(output_dir).glob(f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"), default=Path())
+        resume = old if (old / "checkpoint.pt").exists() else None
     if resume is not None:
         try:
             checkpoint = dict(torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True))
@@ -394,7 +393,6 @@ if checkpoint is not None:
         assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
     except Exception as error:
         require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
-    print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
 
 
 def write(name, save):
@@ -431,6 +429,7 @@ if rank == 0:
         write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
     except OSError as error:
         require(False, f"--output-dir {output_dir}: give a folder that can be written ({error})")
+    print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
 
 # %% [markdown]
 # ---
@@ -457,7 +456,8 @@ for iteration in progress:
         estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
 
     replay_buffer.empty()
-    replay_buffer.extend(batch.reshape(-1).exclude("next"))  # (frames_per_batch,); the loss has no use for "next"
+    replay_buffer.extend(batch.reshape(-1).select(  # (frames_per_batch,), with what the loss reads and no more
+        ("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob"), "advantage", "value_target"))
     all_losses = []
     for epoch in range(num_epochs):
         for minibatch in replay_buffer:  # (minibatch_size,)

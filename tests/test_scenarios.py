@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 
+import matplotlib.pyplot as plt
 import pytest
 from conftest import BAR, SCRIPT, command_line
 from torchrl.envs import VmasEnv
@@ -30,6 +31,8 @@ def run_by_name(scenario, folder):
             status = ending.code
         except Exception as error:
             status = repr(error)
+        finally:
+            plt.close("all")  # many runs in one process: matplotlib warns of the figures that are left
     return status, errors.getvalue(), {path.name for path in (folder / scenario).glob("*/*")}
 
 

@@ -205,7 +205,7 @@ def test_stated_shapes_are_the_real_ones(mappo):
         "batches of shape": [batch],
         "batch = collector.next()": [batch],
         '"advantage" and "value_target"': [batch["advantage"], batch["value_target"]],
-        'replay_buffer.extend(batch.reshape(-1).exclude("next"))': [mappo["replay_buffer"][:]],
+        "replay_buffer.extend(batch.reshape(-1).select(": [mappo["replay_buffer"][:]],
         "for minibatch in replay_buffer": [mappo["minibatch"]],
         'done = batch["next", "done"].squeeze(-1)': [mappo["done"]]}
     rows, used = [], set()
