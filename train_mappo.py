@@ -95,23 +95,24 @@ output_dir = "runs"  # folder in which each run makes a folder of its own
 #
 # ---
 # ## Command line and checks (skip this on a first reading)
-# Every name above is an option: `n_iters` is `--n-iters`, and `mappo` is `--mappo` or `--no-mappo`. In a notebook the
-# arguments belong to the kernel, not to this file, and are left alone. Whatever is wrong with an option is said in one
-# line before anything is trained; Ctrl-C, a full disk or a number that is not finite end a run in one line, too.
+# Every name above is an option: `n_iters` is `--n-iters`, `mappo` is `--mappo` or `--no-mappo`, and the comment beside
+# it is what `--help` says. In a notebook the arguments belong to the kernel, not to this file, and are left alone. A
+# wrong option is refused in one line before anything is trained; Ctrl-C, a full disk or a number that is not finite end
+# a run in one line, too.
 
 # %%
 hyperparameters = globals().get("hyperparameters") or {  # as they are, when a notebook runs this cell once more
     name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
-warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios do not ask how many agents they have
+warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios take no n_agents
 warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of a file that is then refused in one line
 warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
 resume = checkpoint = None
 
 
 def require(is_right, message, status=2):
-    """Unless `is_right`, end with the exit status after one line on stderr (of many processes, the first says it)."""
+    """Unless `is_right`, end with the exit status after one line on stderr (of many processes, only 0 prints it)."""
     if not is_right:
         if rank == 0:
             print(f"train_mappo.py: {message}", file=sys.stderr)
@@ -120,7 +121,8 @@ def require(is_right, message, status=2):
 
 def end_in_one_line(kind, error, trace):
     """As sys.excepthook: spare users the traceback of what they caused or can mend, and say what was kept."""
-    if not issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning, torch.OutOfMemoryError)):
+    no_memory = "ried to allocate" in str(error)  # a kind of its own on GPUs only
+    if not (no_memory or issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning))):
         return sys.__excepthook__(kind, error, trace)
     if "progress" in globals():
         progress.close()
@@ -129,7 +131,7 @@ def end_in_one_line(kind, error, trace):
     require(False, f"{cause}; {kept}", {KeyboardInterrupt: 130, UserWarning: 2}.get(kind, 1))
 
 
-if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).resolve():
+if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).resolve():  # not in a notebook
     sys.excepthook = end_in_one_line
     plt.switch_backend("agg")  # pictures go to files, no window is opened
     source = Path(__file__).read_text(encoding="utf-8")
@@ -165,8 +167,8 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
 
     ranges = {"max_steps frames_per_batch n_iters num_epochs num_cells evaluation_episodes": (1, 10**9),
               "n_agents depth": (1, 1000), "minibatch_size": (2, 10**9), "seed evaluation_seed": (0, 2**32 - 1),
-              "lr max_grad_norm": (1e-9, 1e9), "clip_epsilon": (1e-9, 1), "gamma lmbda": (0, 1),
-              "entropy_eps critic_coeff": (0, 1e9)}
+              "lr max_grad_norm critic_coeff": (1e-9, 1e9), "clip_epsilon": (1e-9, 1), "gamma lmbda": (0, 1),
+              "entropy_eps": (0, 1e9)}
     for name, (low, high) in [(name, bounds) for names, bounds in ranges.items() for name in names.split()]:
         require(low <= globals()[name] <= high, f"{option[name]} {globals()[name]}: give a number from {low} to {high}")
     require(frames_per_batch % (max_steps * world_size) == 0, f"--frames-per-batch {frames_per_batch}: give a multiple "
@@ -208,12 +210,15 @@ if world_size > 1:
 # there, too, so on a GPU the data never leaves it. There are enough copies for one full episode each in a batch; where
 # an episode ends early, another begins, and the end of the batch cuts it off.
 #
-# All parts of TorchRL hand one TensorDict to each other, a dictionary of tensors. What a step led to lies under
-# `"next"`. Some entries are the team's, one per environment; those that each agent has of its own lie under `"agents"`:
+# The parts of TorchRL hand one TensorDict to each other: a dictionary of tensors that share their first dimensions, its
+# batch shape, and can be indexed and reshaped together along them. Dictionaries lie within it: what a step led to is
+# under `"next"`, and `td["next", "done"]` reads `"done"` there. Each part names the entries that it reads and those
+# that it writes. Some entries are the team's, one per environment; those that each agent has of its own lie under
+# `"agents"`:
 #
 # | key | shape | whose |
 # |---|---|---|
-# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: place, speed, its goal, lidar |
+# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: position, velocity, goal, lidar |
 # | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
 # | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | the team's progress, less one's own collisions |
 # | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
@@ -238,7 +243,6 @@ def make_env(num_envs, seed):
 
 num_vmas_envs = frames_per_batch // max_steps
 env = make_env(num_vmas_envs, seed)
-n_agents = env.n_agents  # some scenarios set it themselves
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_agents, n_actions)
 
@@ -256,13 +260,13 @@ action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_
 # taken is kept, as PPO will need it: (num_vmas_envs, n_agents).
 #
 # With `share_parameters_policy` all agents use the same weights. One network then learns from the experience of the
-# whole team, n_agents times as much, and faster. The price: agents that observe the same choose alike, so a task that
+# whole team, n_agents times as much. The price: agents that observe the same choose alike, so a task that
 # needs specialists needs observations that tell the agents apart, or networks of their own.
 
 # %%
 torch.manual_seed(seed)
-network = {"n_agents": n_agents, "n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1], "depth": depth,
-           "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
+network = {"n_agents": env.n_agents, "n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1],
+           "depth": depth, "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
 policy_network = MultiAgentMLP(**network, activation_class=nn.Tanh, device=device)
 policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()),
                                  in_keys=[("agents", "observation")], out_keys=[("agents", "loc"), ("agents", "scale")])
@@ -284,7 +288,7 @@ untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 #   predict and advantages are less noisy. But the input grows with the team, and much may not matter to one agent.
 # - IPPO: each agent's value comes from its own n_obs numbers (18), however large the team.
 #
-# Neither makes the world stationary, for the other agents' policies still change; MAPPO shows the critic more of it.
+# Neither makes the world stationary, for the other agents' policies still change; MAPPO only shows the critic more.
 #
 # Either way the critic gives a value for each agent, (num_vmas_envs, n_agents, 1). With `share_parameters_critic` one
 # network serves them all. For MAPPO that means one input and one network, hence *the same value for every agent*, a
@@ -295,7 +299,7 @@ untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 torch.manual_seed(seed + 1)  # this line and the next are for notebooks: flip mappo, run again from here on,
 policy.load_state_dict(untrained_policy.state_dict())  # and both start from the same untrained policy
 critic_network = MultiAgentMLP(
-    n_agents=n_agents, n_agent_inputs=n_obs, n_agent_outputs=1, centralized=mappo,
+    n_agents=env.n_agents, n_agent_inputs=n_obs, n_agent_outputs=1, centralized=mappo,
     share_params=share_parameters_critic, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
 critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
 
@@ -310,7 +314,8 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 # frame occurs exactly once an epoch.
 #
 # PPO's objective for one agent stays as it is; with several, every agent has a probability ratio and an advantage of
-# its own in each frame, and the loss is the mean over frames and agents.
+# its own in each frame, and the loss is the mean over frames and agents. (TorchRL's `MAPPOLoss` and `IPPOLoss` are this
+# `ClipPPOLoss` with MAGAE and the excluded dimension set for you, and value normalisation as an option.)
 #
 # *Generalised advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) mixes all n-step returns, weighted by
 # lmbda, into one estimate of how much better an action was than the critic expected. The multi-agent form, `MAGAE`,
@@ -336,8 +341,8 @@ replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=
 loss_module = ClipPPOLoss(
     policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff,
     normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,),
-    functional=False)  # use the networks as they are: faster than handing their weights to stateless copies
-loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # the others are where it looks
+    functional=False)  # use the networks themselves, not stateless copies: faster, and fit for many processes
+loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # it finds the others by itself
 loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
 estimate_advantages = loss_module.value_estimator  # GAE, with the critic
 parameters = list(loss_module.parameters())
@@ -370,8 +375,8 @@ if world_size > 1:
 # A run has a folder of its own. After each iteration it holds a checkpoint and a table of measurements, each written
 # beside the old one and put in its place when it is whole: a run can be killed at any moment and resumed. The losses
 # are means over the iteration's minibatches. `kl_approx` says how far the policy has moved from the one that collected
-# the batch, `clip_fraction` in what share of the cases the ratio was clipped, and `explained_variance` how much of the
-# returns' variance the critic predicts (1: all; 0: no more than their mean would).
+# the batch, `clip_fraction` what share of the ratios lay outside 1 ± clip_epsilon, and `explained_variance` how much of
+# the returns' variance the critic predicts (1: all; 0: no more than their mean would).
 
 # %%
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
@@ -380,8 +385,8 @@ metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iterat
 algorithm = "mappo" if mappo else "ippo"
 run_folder = Path(resume or f"{output_dir}/{algorithm}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
 learning = {"policy": policy, "critic": critic, "optimizer": optimizer}
-of_the_job = {"frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
-hyperparameters = {name: globals()[name] for name in hyperparameters} | of_the_job
+hyperparameters = {name: globals()[name] for name in hyperparameters} | {"n_agents": env.n_agents} | {
+    "frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
 if checkpoint is not None:
     try:
         for name in ("policy", "critic"):
@@ -435,9 +440,9 @@ if rank == 0:
 # ---
 # ## 6. Training loop
 # Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and goes through the
-# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. The loop itself
-# reads no number back from the device while it learns, as a GPU would wait for Python at every step: what it is to
-# report stays on the device and is read once, at the end.
+# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. While it learns, this
+# code reads no number back from the device, or a GPU would wait for Python at every step: what is to be reported stays
+# there and is read once, at the end.
 #
 # The random numbers of an iteration depend on `seed` and `iteration` alone, so that a run that was stopped and resumed
 # continues like one that was not.
@@ -471,13 +476,14 @@ for iteration in progress:
     collector.update_policy_weights_()  # hands new weights to a collector that has its own copy; ours shares them
 
     done = batch["next", "done"].squeeze(-1)  # (num_vmas_envs, max_steps)
+    first = done & (done.cumsum(dim=1) == 1)  # a later episode is cut off by the batch unless it succeeds soon
     means = torch.stack(all_losses).mean(dim=0)
-    means["episode_reward_mean"] = batch["next", "agents", "episode_reward"][done].mean()
-    means["success_rate"] = batch["next", "terminated"][done].float().mean()
+    means["episode_reward_mean"] = batch["next", "agents", "episode_reward"][first].mean()
+    means["success_rate"] = batch["next", "terminated"][first].float().mean()
     record(means, time.perf_counter() - start)
 
 # %% [markdown]
-# *Question 6. Which line would an off-policy method leave out, and why must PPO not?*
+# *Question 6. What would an off-policy method do otherwise with the replay buffer, and why does PPO not?*
 #
 # ---
 # ## Many processes, the end (skip this on a first reading)
@@ -495,8 +501,8 @@ if world_size > 1:
 # While it learns, the policy draws its actions at random; here it takes the squashed mean of its normal distribution.
 # The untrained and the trained policy play the same `evaluation_episodes` fresh episodes, each counted from its reset
 # to its first "done". In navigation an episode terminates only when every agent is at its goal, so the *success rate*
-# is the share of episodes in which that happened before the time limit. A collision is a step in which an agent touches
-# another. Other scenarios have the entries of their "info" printed instead.
+# is the share of episodes in which that happened before the time limit. In each step, every other agent that an agent
+# touches counts as a collision. Other scenarios have the entries of their "info" printed instead.
 
 # %%
 def evaluate(policy):
@@ -504,16 +510,16 @@ def evaluate(policy):
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         episodes = make_env(evaluation_episodes, evaluation_seed).rollout(
             max_steps, policy, break_when_any_done=False, break_when_all_done=True)["next"]
-    counts = episodes["done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # True up to and including the first done
+    counted = episodes["done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # True up to and including the first done
 
     def total(key):  # summed over an episode, averaged over agents and episodes
-        return (episodes["agents"][key].flatten(2).mean(dim=2) * counts).sum(dim=1).mean().item()
+        return (episodes["agents"][key].flatten(2).mean(dim=2) * counted).sum(dim=1).mean().item()
 
-    reached = (episodes["terminated"].squeeze(-1) & counts).any(dim=1).float().mean().item()
+    reached = (episodes["terminated"].squeeze(-1) & counted).any(dim=1).float().mean().item()
     infos = episodes["agents", "info"].keys() if "info" in episodes["agents"].keys() else []
     results = {"episode reward per agent": total("reward"),
                "success rate" if scenario_name == "navigation" else "share that ended before max_steps": reached,
-               "episode length in steps": counts.sum(dim=1).float().mean().item()}
+               "episode length in steps": counted.sum(dim=1).float().mean().item()}
     return results | ({"collisions per episode and agent": abs(total(("info", "agent_collisions")))}
                       if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
 
@@ -530,8 +536,8 @@ for name in after:
 # ## 8. Results
 # A run leaves its trained policy, its hyperparameters and measurements, a picture of how it learned and a film of one
 # episode. The learning curves are those of all runs of this scenario, thin. A thick line is the mean over finished runs
-# that differ in nothing but seed, device and flag, with its 95% bootstrap interval (give it several seeds). So flip
-# `mappo`, run again, and compare.
+# that differ in nothing but seed, flag, device and folder, with its 95% bootstrap interval (give it several seeds). So
+# flip `mappo`, run again, and compare.
 
 # %%
 how_to_use = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
@@ -553,7 +559,7 @@ for axis, column, name in zip(axes, columns[3:5], after):
             if rows and (theirs.get("scenario_name"), theirs.get("mappo")) == (scenario_name, label == "MAPPO"):
                 frames, values = zip(*((row["frames"], row[column]) for row in rows))
                 axis.plot(frames, values, **style, linewidth=0.7, alpha=0.5)
-                differences = {name for name, value in hyperparameters.items() if theirs.get(name) != value}
+                differences = {key for key, value in hyperparameters.items() if theirs.get(key) != value}
                 if differences <= {"mappo", "seed", "device", "output_dir"} and len(rows) == n_iters:
                     alike[str(theirs["seed"])] = values
         if alike:
@@ -565,11 +571,11 @@ for axis, column, name in zip(axes, columns[3:5], after):
 axes[0].legend()
 write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
 
-film = []
+film, scene = [], make_env(1, evaluation_seed)
 try:
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        make_env(1, evaluation_seed).rollout(
-            max_steps, policy, callback=lambda env, _: film.append(Image.fromarray(env.render("rgb_array")).reduce(2)))
+        scene.rollout(max_steps, policy, callback=lambda *_: film.append(scene.render("rgb_array")))
+    film = [Image.fromarray(frame).reduce(2) for frame in [*film, scene.render("rgb_array")]]  # the last step, too
 except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
     print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
 if film:

@@ -1,7 +1,7 @@
 """How fast is the tutorial script, and what limits it? Prints Markdown tables; asserts nothing about time.
 
-    python tests/benchmark.py                    a few minutes on two cores
-    python tests/benchmark.py --quick            a minute or two, without 6000 environments
+    python tests/benchmark.py                    some ten minutes on two cores
+    python tests/benchmark.py --quick            a minute or two: no 6000 environments, no other options
     python tests/benchmark.py --device cuda      the same on a GPU
 
 Wherever two things are compared, they take turns, so that a change of the machine's speed meets both; a ratio is the
@@ -29,6 +29,8 @@ import torch.nn.functional as F
 import vmas
 from torch import nn
 
+from study import RECIPES
+
 SCRIPT = str(Path(__file__).resolve().parents[1] / "train_mappo.py")
 FIRST_STEP = """
 import runpy, sys, time
@@ -45,9 +47,9 @@ def tiny_settings(device, folder):
             "--evaluation-episodes", "1"]
 
 
-def run_script(device, folder):
+def run_script(device, folder, *options):
     """Run the script with tiny settings and return its global names, those that its functions read, too."""
-    sys.argv = tiny_settings(device, folder)
+    sys.argv = [*tiny_settings(device, folder), *options]
     with contextlib.redirect_stdout(io.StringIO()):
         return runpy.run_path(SCRIPT, run_name="__main__")["make_env"].__globals__
 
@@ -330,6 +332,26 @@ def benchmark_iteration(names, rounds):
         [part, f"{median:.2f}", f"{median / sum(medians.values()):.0%}"] for part, median in medians.items()])
 
 
+def benchmark_options(device, folder, rounds):
+    """Whole iterations with other options: the README's recipes, and more agents, for which MAPPO's critic grows."""
+    def make_iteration(names):
+        return lambda: [run(statement, names) for statement in find_loop("iteration").body]
+
+    works, inputs = {}, {}
+    for options in ["", "--no-mappo", *RECIPES, *(
+            f"--n-agents {n_agents}{flag}" for n_agents in (2, 4, 8) for flag in ("", " --no-mappo"))]:
+        names = run_script(device, folder, *options.split())
+        if "--num-epochs" not in options:
+            names["num_epochs"] = default("num_epochs")
+        works[options] = make_iteration(names)
+        inputs[options] = names["n_obs"] * (names["n_agents"] if names["mappo"] else 1)
+    turns = take_turns(works, rounds)
+    print_table("One iteration with other options", [
+        "options", "inputs of the critic", "seconds, median", "times the defaults"], [
+        [f"`{options}`" if options else "the defaults", inputs[options], f"{statistics.median(times):.2f}",
+         ratio(times, turns[""])] for options, times in turns.items()])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -353,6 +375,8 @@ def main():
         benchmark_collection(names, rounds)
         benchmark_early_ends(names, {size: rounds[size] for size in (60, 600)})
         benchmark_iteration(names, 1 if options.quick else 3)
+        if not options.quick:
+            benchmark_options(options.device, folder, 3)
 
 
 if __name__ == "__main__":

@@ -214,21 +214,15 @@ def table(name):
     Where episodes may end in failure as well as in success, only the reward tells which is better.
     """
     tasks = groups(name)
-    columns = [metric for metric in METRICS if metric != "seconds_per_iteration" and any(
-        np.isfinite(group[metric]).all() for task in tasks.values() for group in task.values())]
-    labels = {metric: METRICS[metric].label for metric in columns}
-    if name == "scenarios":
-        labels["success_rate"] = ENDED
-    compared = ["episode_reward"] if name == "scenarios" else columns
+    columns = ["episode_reward"] if name == "scenarios" else list(METRICS)[:4]
 
     def comparison(tasks):
         pairs = [task for task in tasks if len(task) == 2]
         samples = {metric: [METRICS[metric].sign * task[algorithm][metric] for task in pairs for algorithm in
-                            ("MAPPO", "IPPO")] for metric in compared}
-        return ["P(MAPPO better)", "", *(cell(improvement, samples[metric], 2) if metric in compared else ""
-                                         for metric in columns)]
+                            ("MAPPO", "IPPO")] for metric in columns}
+        return ["P(MAPPO better)", "", *(cell(improvement, samples[metric], 2) for metric in columns)]
 
-    heads = [*VARIED[name].values(), "algorithm", "runs", *labels.values()]
+    heads = [*VARIED[name].values(), "algorithm", "runs", *(METRICS[metric].label for metric in columns)]
     rows = [heads, ["---"] * len(heads)]
     for task, algorithms in tasks.items():
         shown = [{"True": "yes", "False": "no", "": "the defaults"}.get(v, f"`{v}`" if "-" in v else v) for v in task]
@@ -302,8 +296,10 @@ def draw(name):
         axis.set_xlabel(xlabel)
         axis.set_xticks(range(len(ticks)), ticks)
         axis.set_xlim(-0.5, len(ticks) - 0.5)
-        if name == "scenarios" and axis is not axes[0]:
-            axis.set_ylabel("")
+        if name == "scenarios":
+            low, high = axis.get_ylim()
+            axis.set_ylim(min(0, low), 1.1 * high)  # from 0: a small difference is not to look large
+            axis.set_ylabel(axis.get_ylabel() if axis is axes[0] else "")
 
     handles, most = [], 0
     for algorithm, style in STYLES.items():

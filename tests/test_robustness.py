@@ -221,6 +221,17 @@ def test_a_disk_that_fills_up_ends_a_new_run_in_one_line(tmp_path, num_cells, ke
     assert [len(load(path.parent)["metrics"]) for path in tmp_path.glob("*/checkpoint.pt")] == [1] * kept
 
 
+def no_more_than_16_gb():
+    """Called in the new process: from here on, it is refused more address space than this."""
+    resource.setrlimit(resource.RLIMIT_AS, (2**34, 2**34))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not keep this limit")
+def test_networks_too_large_for_the_memory_end_the_run_in_one_line(tmp_path):
+    _, err = finish(start(*TINY, "--num-cells", 10**9, "--output-dir", tmp_path, preexec_fn=no_more_than_16_gb), 1)
+    assert "allocate" in last_line(err) and "nothing was kept" in last_line(err) and not [*tmp_path.iterdir()]
+
+
 # Bad input
 
 REFUSE_ALL = """
@@ -249,7 +260,7 @@ def numbers():
                 yield statement.targets[0].id
 
 
-MAY_BE_ZERO = {"seed", "evaluation_seed", "gamma", "lmbda", "entropy_eps", "critic_coeff"}
+MAY_BE_ZERO = {"seed", "evaluation_seed", "gamma", "lmbda", "entropy_eps"}
 BAD_NUMBERS = [(f"--{name.replace('_', '-')}", value) for name in numbers() for value in
                ["-1", "nan", "inf", "text", *(["0"] if name not in MAY_BE_ZERO else [])]]
 BAD_OPTIONS = [  # options, and what the one line must hold

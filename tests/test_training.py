@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BAR, TEXT, TINY, measurements, start
+from conftest import BAR, TEXT, TINY, measurements, run_inside, start
 from PIL import Image
 from tensordict import TensorDict
+from torchrl.envs import ExplorationType, set_exploration_type
+from vmas.simulator.environment import Environment
 
 COLUMNS = ("iteration,frames,seconds,episode_reward_mean,success_rate,loss_objective,loss_critic,loss_entropy,"
            "entropy,kl_approx,clip_fraction,explained_variance")
@@ -119,6 +121,60 @@ def test_no_policy_sees_other_agents(mappo, ippo):
         assert torch.equal(dependence(script, script["policy"], "loc") > 0, own)
 
 
+def test_training_counts_the_first_episode_of_each_environment(tmp_path, monkeypatch):
+    """Of the later ones, only those that succeed soon would end before the batch does, which would flatter the policy.
+
+    Here episodes end at random, and every environment ends several in the batch.
+    """
+    build = Environment.__init__
+
+    def build_with_random_ends(self, scenario, *args, **kwargs):
+        scenario.done = lambda: (self.steps > 0) & (torch.rand(len(self.steps)) < 0.1)
+        build(self, scenario, *args, **kwargs)
+
+    monkeypatch.setattr(Environment, "__init__", build_with_random_ends)
+    script = run_inside(tmp_path, "--n-iters=1", "--no-mappo")
+    reached, rewards = [], []
+    for episodes in script["batch"]["next"]:
+        end = episodes["done"].flatten().tolist().index(True)
+        assert episodes["done"][end + 1:].any()
+        reached.append(episodes["terminated"][end].item())
+        rewards.append(episodes["agents", "reward"][:end + 1].sum(dim=0).mean())
+    [row] = script["metrics"]
+    assert row["success_rate"] == pytest.approx(sum(reached) / len(reached), abs=1e-6)
+    assert row["episode_reward_mean"] == pytest.approx(torch.stack(rewards).mean().item(), abs=1e-5)
+
+
+def test_an_evaluation_episode_counts_up_to_its_first_done(mappo, monkeypatch):
+    """Environment i reaches its goals after 20 + 10 i steps, so of ten, one is cut off; the rest is added up by hand."""
+    names, make_env = mappo["evaluate"].__globals__, mappo["make_env"]
+    ends = 20 + 10 * torch.arange(10)
+
+    def make_env_that_ends(num_envs, seed):
+        env = make_env(num_envs, seed)
+        simulator = env.base_env._env
+        simulator.scenario.done = lambda: simulator.steps == ends
+        return env
+
+    monkeypatch.setitem(names, "make_env", make_env_that_ends)
+    results = mappo["evaluate"](mappo["policy"])
+    assert results["success rate"] == pytest.approx(0.9)
+    assert results["episode length in steps"] == pytest.approx(ends.clamp_max(100).float().mean().item())
+
+    env, rewards, collisions = make_env(10, mappo["evaluation_seed"]), 0, 0
+    now = env.reset()
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        for step in range(100):
+            now = env.step(mappo["policy"](now))
+            running = (step < ends).float()
+            agents = now["next", "agents"]
+            rewards += (agents["reward"].squeeze(-1).mean(dim=1) * running).mean().item()
+            collisions -= (agents["info", "agent_collisions"].squeeze(-1).mean(dim=1) * running).mean().item()
+            now = env.step_mdp(now)
+    assert results["episode reward per agent"] == pytest.approx(rewards, abs=1e-4)
+    assert results["collisions per episode and agent"] == pytest.approx(collisions, abs=1e-6) and collisions > 0
+
+
 def gae(reward, value, next_value, done, terminated, gamma, lmbda):
     """Generalised advantage estimation of one agent's frames in one environment, step by step from the last one."""
     advantages, following = [], 0.0
@@ -207,7 +263,7 @@ def test_stated_shapes_are_the_real_ones(mappo):
         '"advantage" and "value_target"': [batch["advantage"], batch["value_target"]],
         "replay_buffer.extend(batch.reshape(-1).select(": [mappo["replay_buffer"][:]],
         "for minibatch in replay_buffer": [mappo["minibatch"]],
-        'done = batch["next", "done"].squeeze(-1)': [mappo["done"]]}
+        'done = batch["next", "done"].squeeze(-1)': [mappo["done"], mappo["first"]]}
     rows, used = [], set()
     sections = [section for section in TEXT.split("\n# ## ") if section[0] in "234567"]
     for before, parts in stated_shapes("".join(sections), sizes):
