@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import random
+import shlex
 import sys
 import time
 import warnings
@@ -27,11 +28,10 @@ import matplotlib.pyplot as plt
 import torch
 from PIL import Image  # Pillow comes with matplotlib
 from tensordict.nn import TensorDictModule
-from torch import distributed, nn
+from torch import distributed as dist, nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.envs import Compose, ExplorationType, MarlGroupMapType, RewardSum, StepCounter, TransformedEnv, VmasEnv
-from torchrl.envs import set_exploration_type
+from torchrl.envs import ExplorationType, MarlGroupMapType, RewardSum, StepCounter, VmasEnv, set_exploration_type
 from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss, ValueEstimators
 from tqdm import tqdm
@@ -105,8 +105,8 @@ hyperparameters = globals().get("hyperparameters") or {  # as they are, when a n
     name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
-warnings.filterwarnings("ignore", "Scenario kwargs")  # some scenarios take no n_agents
-warnings.filterwarnings("ignore", "Detected pickle protocol")  # said of a file that is then refused in one line
+# Some scenarios take no n_agents; a checkpoint of a strange format is refused in one line of our own.
+warnings.filterwarnings("ignore", "Scenario kwargs|Detected pickle protocol")
 warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
 resume = checkpoint = None
 
@@ -124,9 +124,9 @@ def end_in_one_line(kind, error, trace):
     no_memory = "ried to allocate" in str(error)  # a kind of its own on GPUs only
     if not (no_memory or issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning))):
         return sys.__excepthook__(kind, error, trace)
-    if "progress" in globals():
-        progress.close()
-    kept = f"go on with python train_mappo.py --resume {run_folder}" if globals().get("metrics") else "nothing was kept"
+    kept = "nothing was kept"
+    if globals().get("metrics"):
+        kept = f"go on with python train_mappo.py --resume {shlex.quote(str(run_folder))}"
     cause = f"--n-agents {n_agents}: no room for that many" if kind is UserWarning else str(error) or "stopped"
     require(False, f"{cause}; {kept}", {KeyboardInterrupt: 130, UserWarning: 2}.get(kind, 1))
 
@@ -142,17 +142,16 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     for name, value in hyperparameters.items():
         kind = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": type(value)}
         meaning = source.split(f"\n{name} = ")[1].split("  # ")[1].splitlines()[0] + f" (default: {value})"
-        parser.add_argument(option[name], default=argparse.SUPPRESS, help=meaning, **kind)
+        parser.add_argument(option[name], help=meaning, **kind)
     given, unknown = parser.parse_known_args()
     known = parser.format_usage().replace("[", " ").replace("]", " ").split()
     nearest = difflib.get_close_matches((unknown or [""])[0].split("=")[0], known, 1, 0)[0]
     require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
-    given = vars(given)
-    resume = given.pop("resume")
-    globals().update(given)
+    given = {name: value for name, value in vars(given).items() if value is not None}
+    globals().update(given)  # "resume", too
     if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
-        old = max(Path(output_dir).glob(f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"), default=Path())
-        resume = old if (old / "checkpoint.pt").exists() else None
+        old = max(Path(output_dir).glob(f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"), default=None)
+        resume = old if old and (old / "checkpoint.pt").exists() else None
     if resume is not None:
         try:
             checkpoint = dict(torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True))
@@ -175,7 +174,8 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
             f"of max_steps, {max_steps}, for each of {world_size} process(es)")
     require(frames_per_batch % minibatch_size == 0 == minibatch_size % world_size, f"--minibatch-size {minibatch_size}:"
             f" give a divisor of frames_per_batch, {frames_per_batch}, that {world_size} process(es) can share")
-    devices = ["cpu", *["cuda"][:torch.cuda.device_count()], *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # those of this machine
+    devices = ["cpu", *["cuda"] * (gpus >= processes), *(f"cuda:{i}" for i in range(gpus) if world_size == 1)]
     require(device in devices, f"--device {device}: give one of {', '.join(devices)}")
     scenarios = difflib.get_close_matches(scenario_name, VmasEnv.available_envs, n=99, cutoff=0)
     require(scenario_name in scenarios, f"--scenario-name {scenario_name}: give one of {', '.join(scenarios)}")
@@ -194,14 +194,8 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
 # of a minibatch. A job of one process passes through here unchanged.
 
 # %%
-if world_size > 1:
-    frames_per_batch, minibatch_size = frames_per_batch // world_size, minibatch_size // world_size
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if "cuda" in device else device
-    # The store outlives a restart and still holds the addresses of the processes before it, hence the prefix.
-    store = next(distributed.rendezvous("env://"))[0]
-    store = distributed.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    backend = "nccl" if "cuda" in device else "gloo"
-    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+frames_per_batch, minibatch_size = frames_per_batch // world_size, minibatch_size // world_size
+device = f"cuda:{os.environ['LOCAL_RANK']}" if "cuda" in device and world_size > 1 else device
 
 # %% [markdown]
 # ---
@@ -238,7 +232,7 @@ def make_env(num_envs, seed):
     """Build the scenario as `num_envs` environments that step together, their random numbers drawn from `seed`."""
     simulator = VmasEnv(scenario_name, num_envs=num_envs, n_agents=n_agents, seed=seed, device=device,
                         group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)  # one team, under the key "agents"
-    return TransformedEnv(simulator, Compose(StepCounter(max_steps), RewardSum()))
+    return simulator.append_transform(StepCounter(max_steps)).append_transform(RewardSum())
 
 
 num_vmas_envs = frames_per_batch // max_steps
@@ -270,10 +264,10 @@ network = {"n_agents": env.n_agents, "n_agent_inputs": n_obs, "n_agent_outputs":
 policy_network = MultiAgentMLP(**network, activation_class=nn.Tanh, device=device)
 policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()),
                                  in_keys=[("agents", "observation")], out_keys=[("agents", "loc"), ("agents", "scale")])
+bounds = {"low": action_spec.space.low, "high": action_spec.space.high}
 policy = ProbabilisticActor(
-    policy_module, in_keys=[("agents", "loc"), ("agents", "scale")], out_keys=[("agents", "action")],
-    distribution_class=TanhNormal, distribution_kwargs={"low": action_spec.space.low, "high": action_spec.space.high},
-    return_log_prob=True, spec=env.full_action_spec_unbatched)
+    policy_module, in_keys=policy_module.out_keys, out_keys=[("agents", "action")], distribution_class=TanhNormal,
+    distribution_kwargs=bounds, return_log_prob=True, spec=env.full_action_spec_unbatched)
 untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 
 # %% [markdown]
@@ -333,15 +327,14 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 # distance between value and advantage + old value.
 
 # %%
-collector = Collector(
-    env, policy, device=device, frames_per_batch=frames_per_batch, total_frames=-1,  # endless: the loop below counts
-    reset_at_each_iter=True, track_traj_ids=False, auto_register_policy_transforms=False)  # our policy has no memory
+collector = Collector(  # the last two spare it what only policies with memory and episodes across batches need
+    env, policy, device=device, frames_per_batch=frames_per_batch, reset_at_each_iter=True,
+    track_traj_ids=False, auto_register_policy_transforms=False)
 replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=device),
                              sampler=SamplerWithoutReplacement(), batch_size=minibatch_size)
-loss_module = ClipPPOLoss(
-    policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff,
-    normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,),
-    functional=False)  # use the networks themselves, not stateless copies: faster, and fit for many processes
+loss_module = ClipPPOLoss(  # not functional: it uses the networks themselves, not stateless copies, which is faster
+    policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff, functional=False,
+    normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,))
 loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # it finds the others by itself
 loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
 estimate_advantages = loss_module.value_estimator  # GAE, with the critic
@@ -358,9 +351,13 @@ optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
 
 # %%
 if world_size > 1:
+    # The store outlives a restart and still holds the addresses of the processes before it, hence the prefix.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=world_size)
+
     def normalize_over_the_job(_, inputs):
         everyone = [torch.empty_like(inputs[0]["advantage"]) for _ in range(world_size)]
-        distributed.all_gather(everyone, inputs[0]["advantage"].contiguous())
+        dist.all_gather(everyone, inputs[0]["advantage"].contiguous())
         std, mean = torch.std_mean(torch.cat(everyone), dim=0)  # (n_agents, 1)
         inputs[0]["advantage"] = (inputs[0]["advantage"] - mean) / std.clamp_min(1e-6)
 
@@ -382,16 +379,15 @@ if world_size > 1:
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
            "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
 metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iteration a dictionary of these columns
-algorithm = "mappo" if mappo else "ippo"
-run_folder = Path(resume or f"{output_dir}/{algorithm}-{scenario_name}-seed{seed}-{time.strftime('%Y%m%d-%H%M%S')}")
-learning = {"policy": policy, "critic": critic, "optimizer": optimizer}
+algorithm, started = "mappo" if mappo else "ippo", time.strftime("%Y%m%d-%H%M%S")
+run_folder = Path(resume or Path(output_dir, f"{algorithm}-{scenario_name}-seed{seed}-{started}"))
 hyperparameters = {name: globals()[name] for name in hyperparameters} | {"n_agents": env.n_agents} | {
     "frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
 if checkpoint is not None:
     try:
-        for name in ("policy", "critic"):
-            assert checkpoint[name].keys() == learning[name].state_dict().keys()
-            learning[name].load_state_dict(checkpoint[name])
+        for name, part in (("policy", policy), ("critic", critic)):
+            assert checkpoint[name].keys() == part.state_dict().keys()
+            part.load_state_dict(checkpoint[name])
         optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
         assert all({key: value.shape for key, value in optimizer.state[parameter].items()} == {
             "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters)
@@ -413,16 +409,16 @@ def record(means, seconds):
     """Add the `means` of an iteration, a TensorDict, to the metrics, and save; a FloatingPointError if not finite."""
     values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
     if world_size > 1:
-        distributed.all_reduce(values)
+        dist.all_reduce(values)
     if not torch.stack([*values, *(p.detach().abs().sum() for p in parameters)]).isfinite().all():
         raise FloatingPointError(f"iteration {len(metrics)} gave a loss or a parameter that is not finite")
     frames = hyperparameters["frames_per_batch"]
     row = dict(zip(columns, [len(metrics), (len(metrics) + 1) * frames, seconds, *values.tolist()]))
     if rank == 0:
-        states = {name: part.state_dict() for name, part in learning.items()}
         table = "\n".join(",".join(map(str, line)) for line in [columns, *map(dict.values, metrics), row.values()])
         write("metrics.csv", lambda file: file.write(f"{table}\n".encode()))
-        states |= {"hyperparameters": hyperparameters, "metrics": [*metrics, row]}
+        states = {"policy": policy.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
+                  "hyperparameters": hyperparameters, "metrics": [*metrics, row]}
         write("checkpoint.pt", lambda file: torch.save(states, file))
     metrics.append(row)
     progress.set_postfix_str(f"reward {values[0]:.2f}, success rate {values[1]:.2f}, {frames / seconds:.0f} frames/s")
@@ -457,8 +453,7 @@ for iteration in progress:
     optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters) if anneal_lr else lr
 
     batch = collector.next()  # (num_vmas_envs, max_steps)
-    with torch.no_grad():
-        estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
+    estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
 
     replay_buffer.empty()
     replay_buffer.extend(batch.reshape(-1).select(  # (frames_per_batch,), with what the loss reads and no more
@@ -491,7 +486,7 @@ for iteration in progress:
 
 # %%
 if world_size > 1:
-    distributed.destroy_process_group()
+    dist.destroy_process_group()
     if rank > 0:
         sys.exit()
 
@@ -508,15 +503,14 @@ if world_size > 1:
 def evaluate(policy):
     """Play the evaluation episodes with the deterministic `policy` and return a dictionary of means over them."""
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        episodes = make_env(evaluation_episodes, evaluation_seed).rollout(
-            max_steps, policy, break_when_any_done=False, break_when_all_done=True)["next"]
-    counted = episodes["done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # True up to and including the first done
+        episodes = make_env(evaluation_episodes, evaluation_seed).rollout(max_steps, policy, break_when_all_done=True)
+    counted = episodes["next", "done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # also the first done itself
+    reached = (episodes["next", "terminated"].squeeze(-1) & counted).any(dim=1).float().mean().item()
 
     def total(key):  # summed over an episode, averaged over agents and episodes
-        return (episodes["agents"][key].flatten(2).mean(dim=2) * counted).sum(dim=1).mean().item()
+        return (episodes["next", "agents", key].flatten(2).mean(dim=2) * counted).sum(dim=1).mean().item()
 
-    reached = (episodes["terminated"].squeeze(-1) & counted).any(dim=1).float().mean().item()
-    infos = episodes["agents", "info"].keys() if "info" in episodes["agents"].keys() else []
+    infos = [] if "info" not in episodes["next", "agents"].keys() else episodes["next", "agents", "info"].keys()
     results = {"episode reward per agent": total("reward"),
                "success rate" if scenario_name == "navigation" else "share that ended before max_steps": reached,
                "episode length in steps": counted.sum(dim=1).float().mean().item()}
@@ -540,14 +534,14 @@ for name in after:
 # flip `mappo`, run again, and compare.
 
 # %%
-how_to_use = {"network": network, "low": action_spec.space.low, "high": action_spec.space.high}
-write("policy.pt", lambda file: torch.save(how_to_use | {"state_dict": policy_network.state_dict()}, file))
+how_to_use = {"network": network, **bounds, "state_dict": policy_network.state_dict()}
+write("policy.pt", lambda file: torch.save(how_to_use, file))
 
 runs = []
 for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
     try:
         run = torch.load(path, map_location="cpu", weights_only=True)
-        runs.append((dict(run["hyperparameters"]), [{c: float(row[c]) for c in columns} for row in run["metrics"]]))
+        runs.append((dict(run["hyperparameters"]), {c: [float(row[c]) for row in run["metrics"]] for c in columns}))
     except Exception:
         print(f"{path} is damaged, so the learning curve leaves it out")
 figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
@@ -555,13 +549,12 @@ for axis, column, name in zip(axes, columns[3:5], after):
     axis.set(title=scenario_name, xlabel="frames", ylabel=f"{name}, in training")
     for label, style in (("MAPPO", {"color": "tab:blue"}), ("IPPO", {"color": "tab:orange", "linestyle": "--"})):
         alike = {}
-        for theirs, rows in runs:
-            if rows and (theirs.get("scenario_name"), theirs.get("mappo")) == (scenario_name, label == "MAPPO"):
-                frames, values = zip(*((row["frames"], row[column]) for row in rows))
-                axis.plot(frames, values, **style, linewidth=0.7, alpha=0.5)
+        for theirs, curve in runs:
+            if (theirs.get("scenario_name"), theirs.get("mappo")) == (scenario_name, label == "MAPPO"):
+                axis.plot(curve["frames"], curve[column], **style, linewidth=0.7, alpha=0.5)
                 differences = {key for key, value in hyperparameters.items() if theirs.get(key) != value}
-                if differences <= {"mappo", "seed", "device", "output_dir"} and len(rows) == n_iters:
-                    alike[str(theirs["seed"])] = values
+                if differences <= {"mappo", "seed", "device", "output_dir"} and len(curve[column]) == n_iters:
+                    alike[str(theirs.get("seed"))] = curve[column]
         if alike:
             curves, frames = torch.tensor(list(alike.values())), [row["frames"] for row in metrics]  # (runs, n_iters)
             draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
@@ -578,7 +571,7 @@ try:
     film = [Image.fromarray(frame).reduce(2) for frame in [*film, scene.render("rgb_array")]]  # the last step, too
 except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
     print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
-if film:
+else:
     write("rollout.gif", lambda gif: film[0].save(gif, "GIF", append_images=film[1:], save_all=1, duration=60, loop=0))
     if "get_ipython" in globals():  # a notebook shows the figure by itself, but not the film
         from IPython.display import Image as Film
