@@ -254,8 +254,8 @@ action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_
 # taken is kept, as PPO will need it: (num_vmas_envs, n_agents).
 #
 # With `share_parameters_policy` all agents use the same weights. One network then learns from the experience of the
-# whole team, n_agents times as much. The price: agents that observe the same choose alike, so a task that
-# needs specialists needs observations that tell the agents apart, or networks of their own.
+# whole team, n_agents times as much. The price: agents that observe the same choose alike, so a task that needs
+# specialists needs observations that tell the agents apart, or networks of their own.
 
 # %%
 torch.manual_seed(seed)
@@ -430,7 +430,8 @@ if rank == 0:
         write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
     except OSError as error:
         require(False, f"--output-dir {output_dir}: give a folder that can be written ({error})")
-    print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
+    if checkpoint is not None:
+        print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
 
 # %% [markdown]
 # ---

@@ -58,7 +58,8 @@ def run_script_up_to_training(device, folder):
     """As run_script, but stop before the training loop: training, evaluation and pictures need memory of their own."""
     sys.argv, names = tiny_settings(device, folder), {"__name__": "__main__", "__file__": SCRIPT}
     before = [statement for statement in parse().body if statement.lineno < find_loop("iteration").lineno]
-    exec(compile(ast.Module(before, []), SCRIPT, "exec"), names)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(ast.Module(before, []), SCRIPT, "exec"), names)
     return names
 
 
