@@ -142,13 +142,15 @@ def test_a_run_killed_at_any_moment_goes_on_as_if_nothing_had_happened(finished,
 
 
 def test_ctrl_c_says_what_was_kept_and_how_to_go_on(finished, tmp_path):
-    process = start(*TINY, "--n-iters", 6, "--output-dir", tmp_path)
-    while not [*tmp_path.glob("*/checkpoint.pt")]:
+    """The command that goes on can be pasted into a shell, also where the folder's name has a space."""
+    output = tmp_path / "my runs"
+    process = start(*TINY, "--n-iters", 6, "--output-dir", output)
+    while not [*output.glob("*/checkpoint.pt")]:
         assert process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     command = shlex.split(last_line(finish(process, 130)[1]).split("go on with ")[1])
-    folder, = tmp_path.iterdir()
+    folder, = output.iterdir()
     assert command == ["python", "train_mappo.py", "--resume", str(folder)]
     assert len(rows(folder)) < 6
     finish(start(*command[2:], *CPU, program=[command[1]], cwd=SCRIPT.parent))
