@@ -50,8 +50,8 @@ def test_probability_of_improvement():
 
 
 def test_bootstrap_interval():
-    assert study.interval(study.center, np.array([3.0, 3.0, 3.0])).tolist() == [3, 3]
-    assert study.interval(study.center, np.array([0.0, 1.0])).tolist() == [0, 1]  # both have a probability of 1/4
+    assert tuple(study.interval(study.center, np.array([3.0, 3.0, 3.0]))) == (3, 3)
+    assert tuple(study.interval(study.center, np.array([0.0, 1.0]))) == (0, 1)  # both have a probability of 1/4
     low, high = study.interval(study.center, np.arange(100.0))  # the mean of the middle 50 of 0 .. 99
     assert low < 49.5 < high and (low, high) == pytest.approx((49.5 - high + 49.5, high), abs=1)
 
@@ -59,7 +59,7 @@ def test_bootstrap_interval():
 def test_bootstrap_keeps_tasks_apart():
     """Each task alike in all its runs, nothing is left to chance; runs mixed over tasks would give an interval."""
     better, worse = np.array([2.0, 2.0]), np.array([1.0, 1.0])
-    assert study.interval(study.improvement, better, worse, worse, better).tolist() == [0.5, 0.5]
+    assert tuple(study.interval(study.improvement, better, worse, worse, better)) == (0.5, 0.5)
 
 
 def test_table_by_hand(tmp_path, monkeypatch):
