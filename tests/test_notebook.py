@@ -7,6 +7,8 @@ import pytest
 from conftest import BAR, SCRIPT, TINY, measurements, start
 from nbclient import NotebookClient
 
+SCENARIO = "multi_give_way"
+
 
 def set_values(cell, **values):
     """Write other values into the assignments of the hyperparameter cell, as a reader of the notebook would."""
@@ -19,14 +21,15 @@ def set_values(cell, **values):
 def notebooks(tmp_path_factory):
     """Run the notebook, then flip the flag and run the hyperparameters and all from Section 4 on, in the same kernel.
 
-    The kernel's own arguments would end the run if they were read as options of the script.
+    The kernel's own arguments would end the run if they were read as options of the script. The scenario is one that
+    sets the number of agents itself, to one more than the hyperparameters say.
     """
     folder = tmp_path_factory.mktemp("notebook")
     notebook = jupytext.read(SCRIPT)
     sources = [cell.source for cell in notebook.cells]
     [first] = [index for index, source in enumerate(sources) if source.startswith("mappo = ")]
     [section_4] = [index for index, source in enumerate(sources) if re.search("^## 4", source, re.MULTILINE)]
-    set_values(notebook.cells[first], **TINY, output_dir=str(folder))
+    set_values(notebook.cells[first], **TINY, output_dir=str(folder), scenario_name=SCENARIO)
     client = NotebookClient(notebook, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
     outputs = []
 
@@ -46,7 +49,7 @@ def test_both_runs_leave_their_results(notebooks):
     """Nothing else than the two runs, each with its table of measurements and its policy."""
     folder, _ = notebooks
     names = sorted(path.name.rsplit("-", 2)[0] for path in folder.iterdir())
-    assert names == ["ippo-navigation-seed0", "mappo-navigation-seed0"]
+    assert names == [f"ippo-{SCENARIO}-seed0", f"mappo-{SCENARIO}-seed0"]
     assert len([*folder.glob("*/metrics.csv")]) == len([*folder.glob("*/policy.pt")]) == 2
 
 
@@ -64,6 +67,6 @@ def test_outputs_show_results_only(notebooks):
 def test_the_flipped_run_starts_from_the_untrained_policy(notebooks, tmp_path):
     """It ends with the numbers of a fresh IPPO run, so that comparing the two algorithms is fair."""
     folder, _ = notebooks
-    assert start(tmp_path, "--no-mappo").returncode == 0
+    assert start(tmp_path, "--no-mappo", f"--scenario-name={SCENARIO}").returncode == 0
     [flipped], [fresh] = (list(where.glob("ippo-*")) for where in (folder, tmp_path))
     assert measurements(flipped) == measurements(fresh)
