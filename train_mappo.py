@@ -59,7 +59,7 @@ from tqdm import tqdm
 
 # %%
 mappo = True  # the critic sees the whole team (MAPPO); False trains IPPO, whose critic sees one agent
-seed = 0  # of the networks, the simulator and the sampling
+seed = 0  # random seed of the networks, the simulator and the sampling
 device = "cuda" if torch.cuda.is_available() else "cpu"  # where simulation and training both run
 
 scenario_name = "navigation"  # the VMAS scenario
@@ -73,8 +73,8 @@ num_epochs = 30  # passes over each batch
 minibatch_size = 400  # frames in a gradient step
 lr = 3e-4  # learning rate of Adam
 anneal_lr = False  # let the learning rate fall linearly, to reach 0 after the last iteration
-max_grad_norm = 1.0  # longest gradient that is not scaled down
-clip_epsilon = 0.2  # how far the ratio of new to old action probability may leave 1 before its gradient stops
+max_grad_norm = 1.0  # a gradient with a larger norm is scaled down to this one
+clip_epsilon = 0.2  # PPO clips the ratio of new to old action probability to 1 plus or minus this
 gamma = 0.99  # discount factor of the return
 lmbda = 0.9  # lambda of GAE, from 0 (one reward, then the critic) to 1 (all rewards of the episode)
 entropy_eps = 1e-4  # weight of the entropy bonus
@@ -87,7 +87,7 @@ depth = 2  # hidden layers of each network
 num_cells = 256  # units of a hidden layer
 
 evaluation_episodes = 200  # episodes of the evaluation before and after training
-evaluation_seed = 12345  # of the evaluation episodes, the same for every run
+evaluation_seed = 12345  # random seed of the evaluation episodes, the same for every run
 output_dir = "runs"  # folder in which each run makes a folder of its own
 
 # %% [markdown]
@@ -104,6 +104,8 @@ output_dir = "runs"  # folder in which each run makes a folder of its own
 hyperparameters = globals().get("hyperparameters") or {  # as they are, when a notebook runs this cell once more
     name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
 rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
+# What torchrun's processes tell each other goes through this store, which outlives a restart of the job.
+job = next(dist.rendezvous("env://"))[0] if "TORCHELASTIC_RESTART_COUNT" in os.environ else None
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
 # Some scenarios take no n_agents; a checkpoint of a strange format is refused in one line of our own.
 warnings.filterwarnings("ignore", "Scenario kwargs|Detected pickle protocol")
@@ -112,10 +114,9 @@ resume = checkpoint = None
 
 
 def require(is_right, message, status=2):
-    """Unless `is_right`, end with the exit status after one line on stderr (of many processes, only 0 prints it)."""
+    """Unless `is_right`, end with the exit status after one line on stderr; what all processes find, only 0 prints."""
     if not is_right:
-        if rank == 0:
-            print(f"train_mappo.py: {message}", file=sys.stderr)
+        sys.stderr.write(f"train_mappo.py: {message}\n" if rank == 0 or status == 1 else "")
         sys.exit(status)
 
 
@@ -124,9 +125,9 @@ def end_in_one_line(kind, error, trace):
     no_memory = "ried to allocate" in str(error)  # a kind of its own on GPUs only
     if not (no_memory or issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning))):
         return sys.__excepthook__(kind, error, trace)
-    kept = "nothing was kept"
-    if globals().get("metrics"):
-        kept = f"go on with python train_mappo.py --resume {shlex.quote(str(run_folder))}"
+    kept = "nothing was kept" if rank == 0 else f"in process {rank}"
+    if globals().get("metrics") and rank == 0:
+        kept = f"go on with {'torchrun …' if job else 'python'} train_mappo.py --resume {shlex.quote(str(run_folder))}"
     cause = f"--n-agents {n_agents}: no room for that many" if kind is UserWarning else str(error) or "stopped"
     require(False, f"{cause}; {kept}", {KeyboardInterrupt: 130, UserWarning: 2}.get(kind, 1))
 
@@ -149,9 +150,8 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
     require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
     given = {name: value for name, value in vars(given).items() if value is not None}
     globals().update(given)  # "resume", too
-    if resume is None and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)):  # torchrun restarts a job that died
-        old = max(Path(output_dir).glob(f"{'mappo' if mappo else 'ippo'}-{scenario_name}-seed{seed}-*"), default=None)
-        resume = old if old and (old / "checkpoint.pt").exists() else None
+    if resume is None and job is not None and job.check(["run_folder"]):  # the job died and was started again
+        resume = job.get("run_folder").decode()
     if resume is not None:
         try:
             checkpoint = dict(torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True))
@@ -185,6 +185,7 @@ if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).re
         require(False, f"--n-agents {n_agents}: give fewer, or a number that {scenario_name} accepts ({error})")
     require(len(probe.group_map) == 1 and not probe.het_specs, f"--scenario-name {scenario_name}: give a scenario with "
             f"one team of alike agents; this one has {', '.join(probe.agent_names)}")
+    require(probe.n_agents == n_agents or "n_agents" not in given, f"--n-agents {n_agents}: give {probe.n_agents}")
 
 # %% [markdown]
 # ---
@@ -271,7 +272,7 @@ policy = ProbabilisticActor(
 untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
 
 # %% [markdown]
-# *Question 3. How many weights and biases has the policy, and how many with `--no-share-parameters-policy`?*
+# *Question 3. How many weights and biases does the policy have, and how many with `--no-share-parameters-policy`?*
 #
 # ---
 # ## 4. Critic
@@ -298,7 +299,7 @@ critic_network = MultiAgentMLP(
 critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
 
 # %% [markdown]
-# *Question 4. How many inputs has the critic with 8 agents, and how many under IPPO?*
+# *Question 4. How many inputs does the critic have with 8 agents, and how many under IPPO?*
 #
 # ---
 # ## 5. Collection, replay buffer, loss and optimizer
@@ -313,7 +314,7 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 #
 # *Generalised advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) mixes all n-step returns, weighted by
 # lmbda, into one estimate of how much better an action was than the critic expected. The multi-agent form, `MAGAE`,
-# lends the team's "done" to every agent: a "done" stops the sum, and a "terminated" also sets the next value to zero.
+# copies the team's "done" to every agent: a "done" stops the sum, and a "terminated" also sets the next value to zero.
 #
 # *Clipping*: the objective is the ratio of new to old probability of an action, times its advantage. Once the ratio
 # has moved by clip_epsilon in the direction that pays, its gradient is zero: nothing is gained by leaving the policy
@@ -322,14 +323,14 @@ critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], o
 # The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random, so that it does not settle on one
 # action before it has tried others. A squashed normal has no formula for its entropy, so the loss samples it.
 #
-# Advantages are normalised, so that the size of a step does not depend on the scale of the rewards, and for each agent
-# apart: the agent dimension, -2, is excluded from the mean and the standard deviation. The value loss is the smooth L1
-# distance between value and advantage + old value.
+# Advantages are normalised, so that the size of a step does not depend on the scale of the rewards. Each agent has a
+# mean and a standard deviation of its own: the agent dimension, -2, is excluded from them. The value loss is the smooth
+# L1 distance between value and advantage + old value.
 
 # %%
-collector = Collector(  # the last two spare it what only policies with memory and episodes across batches need
-    env, policy, device=device, frames_per_batch=frames_per_batch, reset_at_each_iter=True,
-    track_traj_ids=False, auto_register_policy_transforms=False)
+# The last two options turn off what only recurrent policies and episodes that span batches need.
+collector = Collector(env, policy, device=device, frames_per_batch=frames_per_batch, reset_at_each_iter=True,
+                      track_traj_ids=False, auto_register_policy_transforms=False)
 replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=device),
                              sampler=SamplerWithoutReplacement(), batch_size=minibatch_size)
 loss_module = ClipPPOLoss(  # not functional: it uses the networks themselves, not stateless copies, which is faster
@@ -351,9 +352,9 @@ optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
 
 # %%
 if world_size > 1:
-    # The store outlives a restart and still holds the addresses of the processes before it, hence the prefix.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], job)  # not the addresses before a restart
     dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=world_size)
+    sys.excepthook = end_in_one_line  # once more, as PyTorch has put its own in front
 
     def normalize_over_the_job(_, inputs):
         everyone = [torch.empty_like(inputs[0]["advantage"]) for _ in range(world_size)]
@@ -378,11 +379,13 @@ if world_size > 1:
 # %%
 columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
            "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
+reached_is = "success rate" if scenario_name == "navigation" else "share that ended before max_steps"
 metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iteration a dictionary of these columns
 algorithm, started = "mappo" if mappo else "ippo", time.strftime("%Y%m%d-%H%M%S")
 run_folder = Path(resume or Path(output_dir, f"{algorithm}-{scenario_name}-seed{seed}-{started}"))
-hyperparameters = {name: globals()[name] for name in hyperparameters} | {"n_agents": env.n_agents} | {
-    "frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size}
+hyperparameters = {name: globals()[name] for name in hyperparameters} | {
+    "frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size,
+    "n_agents": env.n_agents, "world_size": world_size}
 if checkpoint is not None:
     try:
         for name, part in (("policy", policy), ("critic", critic)):
@@ -420,12 +423,16 @@ def record(means, seconds):
         states = {"policy": policy.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
                   "hyperparameters": hyperparameters, "metrics": [*metrics, row]}
         write("checkpoint.pt", lambda file: torch.save(states, file))
+        if job is not None:
+            job.set("run_folder", str(run_folder))
     metrics.append(row)
-    progress.set_postfix_str(f"reward {values[0]:.2f}, success rate {values[1]:.2f}, {frames / seconds:.0f} frames/s")
+    progress.set_postfix_str(f"reward {values[0]:.2f}, {reached_is} {values[1]:.2f}, {frames / seconds:.0f} frames/s")
 
 
 if rank == 0:
     try:
+        while checkpoint is None and run_folder.exists():  # another run began in the same second
+            run_folder = Path(f"{run_folder}-2")
         run_folder.mkdir(parents=True, exist_ok=checkpoint is not None)
         write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
     except OSError as error:
@@ -479,7 +486,7 @@ for iteration in progress:
     record(means, time.perf_counter() - start)
 
 # %% [markdown]
-# *Question 6. What would an off-policy method do otherwise with the replay buffer, and why does PPO not?*
+# *Question 6. What would an off-policy method do differently with the replay buffer, and why not PPO?*
 #
 # ---
 # ## Many processes, the end (skip this on a first reading)
@@ -512,8 +519,7 @@ def evaluate(policy):
         return (episodes["next", "agents", key].flatten(2).mean(dim=2) * counted).sum(dim=1).mean().item()
 
     infos = [] if "info" not in episodes["next", "agents"].keys() else episodes["next", "agents", "info"].keys()
-    results = {"episode reward per agent": total("reward"),
-               "success rate" if scenario_name == "navigation" else "share that ended before max_steps": reached,
+    results = {"episode reward per agent": total("reward"), reached_is: reached,
                "episode length in steps": counted.sum(dim=1).float().mean().item()}
     return results | ({"collisions per episode and agent": abs(total(("info", "agent_collisions")))}
                       if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
@@ -529,15 +535,21 @@ for name in after:
 #
 # ---
 # ## 8. Results
-# A run leaves its trained policy, its hyperparameters and measurements, a picture of how it learned and a film of one
-# episode. The learning curves are those of all runs of this scenario, thin. A thick line is the mean over finished runs
-# that differ in nothing but seed, flag, device and folder, with its 95% bootstrap interval (give it several seeds). So
-# flip `mappo`, run again, and compare.
+# A run leaves its trained policy, which other programs can load, its hyperparameters and measurements, a picture of how
+# it learned and a film of one episode. The picture shows the runs of MAPPO and IPPO side by side. So flip `mappo`, run
+# again, and compare; then give both several seeds, as one run says little.
 
 # %%
 how_to_use = {"network": network, **bounds, "state_dict": policy_network.state_dict()}
 write("policy.pt", lambda file: torch.save(how_to_use, file))
 
+# %% [markdown]
+# ---
+# ## Pictures (skip this on a first reading)
+# Thin curves are all runs of this scenario in the same folder. A thick one is the mean over finished runs that differ
+# in nothing but seed, flag, device and folder, with its 95% bootstrap interval.
+
+# %%
 runs = []
 for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
     try:

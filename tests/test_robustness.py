@@ -234,6 +234,16 @@ def test_networks_too_large_for_the_memory_end_the_run_in_one_line(tmp_path):
     assert "allocate" in last_line(err) and "nothing was kept" in last_line(err) and not [*tmp_path.iterdir()]
 
 
+def test_runs_that_begin_in_the_same_second_get_a_folder_each(tmp_path):
+    """All folders of the next minutes are taken, as if by other runs."""
+    now = time.time()
+    for second in range(LONGEST):
+        (tmp_path / f"mappo-navigation-seed0-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now + second))}").mkdir()
+    finish(start(*TINY, "--n-iters", 1, "--output-dir", tmp_path))
+    [table] = tmp_path.glob("*/metrics.csv")
+    assert table.parent.name.endswith("-2") and table.parent.with_name(table.parent.name[:-2]).exists()
+
+
 # Bad input
 
 REFUSE_ALL = """
@@ -276,6 +286,7 @@ BAD_OPTIONS = [  # options, and what the one line must hold
     (("--frames-per-batch", "610"), ("--frames-per-batch 610", "max_steps", "20")),
     (("--scenario-name", "navigatoin"), ("--scenario-name navigatoin: give one of navigation,",)),
     (("--n-agents", "30"), ("--n-agents 30",)),
+    (("--scenario-name", "give_way", "--n-agents", "5"), ("--n-agents 5: give 2",)),
     (("--device", "nonsense"), ("--device nonsense", "cpu")),
     (("--device", "cuda:99" if torch.cuda.is_available() else "cuda"), ("--device cuda", "cpu")),
     (("--output-dir", "{folder}/file"), ("--output-dir {folder}/file",)),
@@ -451,6 +462,10 @@ def die_once(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return all_reduce(*args, **kwargs)
 
+if rank == 1 and (folder / "die at once").exists():
+    (folder / "die at once").unlink()
+    os.kill(os.getpid(), signal.SIGKILL)
+
 def look(script):
     networks = {name: script[name].state_dict() for name in ("policy", "critic")}
     torch.save(networks, folder / f"networks {rank} of {world_size}")
@@ -520,18 +535,18 @@ def test_two_processes_compute_the_gradient_of_one(two):
         torch.testing.assert_close(gradients, one, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("older_run", [False, True])
-def test_a_job_that_lost_a_process_is_started_again_by_torchrun(two, tmp_path, older_run):
+@pytest.mark.parametrize("death, older_run", [("die", False), ("die", True), ("die at once", True)])
+def test_a_job_that_lost_a_process_is_started_again_by_torchrun(two, tmp_path, death, older_run):
     """A process dies as soon as there is a checkpoint. The job goes on from it; but not from another job's.
 
-    With an older run in place, the process dies before the job has a checkpoint of its own.
+    With an older run in place, the process dies before the job has a checkpoint, or even a folder, of its own.
     """
-    (tmp_path / "die").touch()
+    (tmp_path / death).touch()
     if older_run:
         older = shutil.copytree(two[1], tmp_path / "runs" / "mappo-navigation-seed0-20000101-000000")
         before = contents(older)
     run = in_processes(2, tmp_path, "--max-restarts", 1)
-    assert not (tmp_path / "die").exists()
+    assert not (tmp_path / death).exists()
     assert_same(run, two[1])
     if older_run:
         assert contents(older) == before
@@ -545,3 +560,25 @@ def test_processes_that_cannot_share_a_minibatch_are_refused_in_one_line(tmp_pat
     line, = [line for line in err.splitlines() if line.startswith("train_mappo.py: ")]
     assert "--minibatch-size 25" in line and "2 process(es)" in line
     assert not (tmp_path / "runs").exists()
+
+
+FAIL_IN_PROCESS_1 = """
+import os, runpy, sys
+import torch
+
+def fail(*_):
+    raise OSError("the disk is gone")
+
+if os.environ["RANK"] == "1":
+    torch.distributed.all_reduce = fail
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_process_that_fails_says_why_and_which_it_is(tmp_path):
+    """Also if it is not the first, which prints everything else."""
+    (tmp_path / "fail.py").write_text(FAIL_IN_PROCESS_1)
+    _, err = finish(start(SCRIPT, *TINY, "--n-iters", 1, "--output-dir", tmp_path / "runs",
+                          program=[*TORCHRUN, tmp_path / "fail.py"]), status=1)
+    assert "train_mappo.py: the disk is gone; in process 1\n" in err
