@@ -122,7 +122,7 @@ def require(is_right, message, status=2):
 
 def end_in_one_line(kind, error, trace):
     """As sys.excepthook: spare users the traceback of what they caused or can mend, and say what was kept."""
-    no_memory = "ried to allocate" in str(error)  # a kind of its own on GPUs only
+    no_memory = "ried to allocate" in str(error)  # "Tried" on a GPU; on the CPU a RuntimeError like any other
     if not (no_memory or issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning))):
         return sys.__excepthook__(kind, error, trace)
     kept = "nothing was kept" if rank == 0 else f"in process {rank}"

@@ -57,9 +57,9 @@ def run_script(device, folder, *options):
 def run_script_up_to_training(device, folder):
     """As run_script, but stop before the training loop: training, evaluation and pictures need memory of their own."""
     sys.argv, names = tiny_settings(device, folder), {"__name__": "__main__", "__file__": SCRIPT}
-    before = [statement for statement in parse().body if statement.lineno < find_loop("iteration").lineno]
+    training = find_loop("iteration").lineno
     with contextlib.redirect_stdout(io.StringIO()):
-        exec(compile(ast.Module(before, []), SCRIPT, "exec"), names)
+        run([statement for statement in parse().body if statement.lineno < training], names)
     return names
 
 
@@ -83,9 +83,9 @@ def default(name):
     return find(lambda node: isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == name).value.value
 
 
-def run(statement, names):
-    """Run one statement of the script again, in its own `names`."""
-    exec(compile(ast.Module([statement], []), SCRIPT, "exec"), names)
+def run(statements, names):
+    """Run some statements of the script again, in its own `names`."""
+    exec(compile(ast.Module(statements, []), SCRIPT, "exec"), names)
 
 
 def seconds(work):
@@ -199,7 +199,7 @@ def benchmark_update(names, rounds):
 
     def script():
         names["all_losses"] = []
-        run(epoch, names)
+        run([epoch], names)
 
     turns = take_turns({"train_mappo.py": script, "bare PyTorch": reference.epoch}, rounds)
     updates = names["frames_per_batch"] // names["minibatch_size"]
@@ -325,7 +325,7 @@ def benchmark_iteration(names, rounds):
             text = ast.unparse(statement)
             part = ("collection" if text.startswith("batch =") else "advantages" if "estimate_advantages" in text else
                     "updates" if isinstance(statement, ast.For) else "the rest")
-            spent[part] += seconds(lambda: run(statement, names))
+            spent[part] += seconds(lambda: run([statement], names))
         for part in turns:
             turns[part].append(spent[part])
     medians = {part: statistics.median(times) for part, times in turns.items()}
@@ -335,8 +335,10 @@ def benchmark_iteration(names, rounds):
 
 def benchmark_options(device, folder, rounds):
     """Whole iterations with other options: the README's recipes, and more agents, for which MAPPO's critic grows."""
+    iteration = find_loop("iteration").body
+
     def make_iteration(names):
-        return lambda: [run(statement, names) for statement in find_loop("iteration").body]
+        return lambda: run(iteration, names)
 
     works, inputs = {}, {}
     for options in ["", "--no-mappo", *RECIPES, *(
