@@ -1,68 +1,90 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch==2.13.0",
+#     "torchrl==0.14.1",
+#     "tensordict==0.14.3",
+#     "vmas==1.5.2",
+#     "tqdm==4.70.1",
+#     "matplotlib==3.10.8",
+# ]
+# ///
 """Multi-agent PPO with TorchRL, to be read from top to bottom.
 
-Three robots must each drive to a goal of their own without touching one another: the scenario "navigation" of the
-VMAS simulator. They learn it with MAPPO or, when one flag is flipped, with IPPO. Every way to start this file:
+Three robots must each drive to a goal of their own without touching one another: the scenario
+"navigation" of the VMAS simulator. They learn it with MAPPO or, when one flag is flipped, with
+IPPO. Every way to start this file:
 
-    python train_mappo.py                              MAPPO with the hyperparameters of Section 1
-    python train_mappo.py --no-mappo --seed 1          IPPO, with another seed; --help lists all options
-    python train_mappo.py --scenario-name balance      another scenario, if its agents are one team and all of a kind
-    python train_mappo.py --resume runs/FOLDER         go on with a stopped run, or show a finished one again
-    torchrun --nproc-per-node 2 train_mappo.py         one policy, trained by two processes
-    in a notebook: open this file with jupytext, VS Code or PyCharm, or paste its sections one after the other
+    python train_mappo.py                         MAPPO with the hyperparameters of Section 1
+    python train_mappo.py --no-mappo --seed 1     IPPO, another seed; --help shows all options
+    python train_mappo.py --run-folder runs/mine  begin a run there; the same again goes on with it
+    torchrun --nproc-per-node 2 train_mappo.py    one policy, trained by two processes
+    in a notebook: open this file with jupytext, VS Code or PyCharm, or paste its sections
+
+Sections 1 to 8 are the method and stand on their own. The cells A, B and C put a command line, runs
+that can be stopped, many processes and pictures around it: skip them on a first reading.
 """
 
-import argparse
 import copy
-import difflib
 import json
 import logging
-import os
 import random
-import shlex
-import sys
 import time
-import warnings
+from datetime import datetime
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from PIL import Image  # Pillow comes with matplotlib
 from tensordict.nn import TensorDictModule
-from torch import distributed as dist, nn
+from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer, SamplerWithoutReplacement
-from torchrl.envs import ExplorationType, MarlGroupMapType, RewardSum, StepCounter, VmasEnv, set_exploration_type
+from torchrl.envs import MarlGroupMapType, StepCounter, VmasEnv
+from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
-from torchrl.objectives import ClipPPOLoss, ValueEstimators
+from torchrl.objectives import ClipPPOLoss
+from torchrl.objectives.value import MultiAgentGAE
 from tqdm import tqdm
+
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO, it reports each storage
 
 # %% [markdown]
 # # Multi-agent PPO, step by step
 #
-# PPO (Schulman et al. 2017, arXiv:1707.06347) learns *on-policy*: the current policy collects a batch of experience,
-# a few epochs of gradient steps improve the policy on that batch, and the batch is thrown away, because the improved
-# policy would no longer have collected it. A *critic*, a network that predicts the return, tells which actions did
-# better than expected; it is needed for learning only.
+# PPO (Schulman et al. 2017, arXiv:1707.06347) learns *on-policy*: the current policy collects a
+# batch of experience, a few epochs of gradient steps improve the policy on that batch, and the
+# batch is thrown away, because the improved policy would have collected another one. A *critic*, a
+# network that predicts the return, is what the actual return is compared with: actions that did
+# better than predicted become more likely. It is needed while learning; the robots drive without
+# it.
 #
-# With several agents one thing changes. Each agent's environment contains the other agents, and they learn too: what
-# was a good move yesterday may be a bad one today. To a single agent the world is *non-stationary*. Here on-policy
-# learning helps: old experience would tell of teammates that no longer exist.
+# With several agents one thing changes. Each agent's environment contains the other agents, and
+# they learn too: what was a good move yesterday may be a bad one today. To a single agent the world
+# is *non-stationary*. On-policy learning copes better than learning from a large memory, because
+# old experience would tell of teammates that no longer exist.
 #
-# Two ways to set up the critic are compared here. IPPO ("independent", de Witt et al. 2020, arXiv:2011.09533) treats
-# the others as part of the world: the critic predicts an agent's return from what that agent sees. MAPPO (Yu et al.
-# 2022, arXiv:2103.01955) shows the critic the observations of the whole team, so that less of the return looks like
-# chance. In both, each *policy* sees only its own agent's observation. MAPPO is therefore said to train centrally and
-# to act decentrally. One flag, the first below, switches between the two.
+# Two algorithms are compared here. They differ in what the critic sees:
+#
+# - **IPPO**, independent PPO (de Witt et al. 2020, arXiv:2011.09533): the critic predicts an
+#   agent's return from that agent's own observation, as if the others were part of the world.
+# - **MAPPO**, multi-agent PPO (Yu et al. 2022, arXiv:2103.01955): the critic predicts it from the
+#   observations of the whole team.
+#
+# In both, the *policy* sees its own agent's observation only. A critic may be given more than the
+# policy has, because it is not there when the robots drive: *centralised training, decentralised
+# execution*, CTDE for short. One flag, the first of the hyperparameters, switches between the two.
 #
 # ## 1. Hyperparameters
-# A *frame* is one step of one environment, in which all agents act at once.
+# A *frame* is one step of one environment, in which all agents act at once. What the other words
+# mean is said where they are used.
 
 # %%
-mappo = True  # the critic sees the whole team (MAPPO); False trains IPPO, whose critic sees one agent
+mappo = True  # the critic sees the whole team (MAPPO); False: it sees one agent (IPPO)
 seed = 0  # random seed of the networks, the simulator and the sampling
-device = "cuda" if torch.cuda.is_available() else "cpu"  # where simulation and training both run
+device = "cuda" if torch.cuda.is_available() else "cpu"  # simulation and training run there
 
 scenario_name = "navigation"  # the VMAS scenario
+scenario_options = {}  # its keyword arguments, such as {"shared_rew": False}
 n_agents = 3  # number of agents, where the scenario leaves it open
 max_steps = 100  # steps after which an episode is cut off
 
@@ -74,519 +96,1117 @@ minibatch_size = 400  # frames in a gradient step
 lr = 3e-4  # learning rate of Adam
 anneal_lr = False  # let the learning rate fall linearly, to reach 0 after the last iteration
 max_grad_norm = 1.0  # a gradient with a larger norm is scaled down to this one
-clip_epsilon = 0.2  # PPO clips the ratio of new to old action probability to 1 plus or minus this
+clip_epsilon = 0.2  # PPO's clipping range
 gamma = 0.99  # discount factor of the return
-lmbda = 0.9  # lambda of GAE, from 0 (one reward, then the critic) to 1 (all rewards of the episode)
+lmbda = 0.9  # lambda of generalised advantage estimation
 entropy_eps = 1e-4  # weight of the entropy bonus
 critic_coeff = 0.5  # weight of the value loss
-normalize_advantage = True  # give each agent's advantages in a minibatch mean 0 and standard deviation 1
+normalize_advantage = True  # give advantages mean 0 and standard deviation 1
 
-share_parameters_policy = True  # one policy network for all agents; False gives each its own
-share_parameters_critic = True  # one critic network for all agents; False gives each its own
+share_parameters_policy = True  # one policy network for all agents; False: one for each
+share_parameters_critic = True  # one critic network for all agents; False: one for each
 depth = 2  # hidden layers of each network
 num_cells = 256  # units of a hidden layer
 
 evaluation_episodes = 200  # episodes of the evaluation before and after training
-evaluation_seed = 12345  # random seed of the evaluation episodes, the same for every run
-output_dir = "runs"  # folder in which each run makes a folder of its own
+evaluation_seed = 12345  # random seed of these episodes, the same for every run
+run_folder = ""  # where the results go; empty: a new folder below runs/
 
 # %% [markdown]
-# *Question 1. How many gradient steps does one iteration take, and how often is each frame used in them?*
+# *Question 1. How many gradient steps does one iteration take, and how often is each frame used in
+# them? (Answers to all questions stand at the end of this file.)*
 #
-# ---
-# ## Command line and checks (skip this on a first reading)
-# Every name above is an option: `n_iters` is `--n-iters`, `mappo` is `--mappo` or `--no-mappo`, and the comment beside
-# it is what `--help` says. In a notebook the arguments belong to the kernel, not to this file, and are left alone. A
-# wrong option is refused in one line before anything is trained; Ctrl-C, a full disk or a number that is not finite end
-# a run in one line, too.
+# The method itself needs no more than these names. Two things are noted here for the cells A and B,
+# which put a command line, checkpoints and many processes around it: which names they are, and that
+# this is one process, number 0 of 1.
 
 # %%
-hyperparameters = globals().get("hyperparameters") or {  # as they are, when a notebook runs this cell once more
-    name: value for name, value in globals().items() if name[0] != "_" and type(value) in (bool, int, float, str)}
-rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
-# What torchrun's processes tell each other goes through this store, which outlives a restart of the job.
-job = next(dist.rendezvous("env://"))[0] if "TORCHELASTIC_RESTART_COUNT" in os.environ else None
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # at level INFO, TorchRL reports each storage it allocates
-# Some scenarios take no n_agents; a checkpoint of a strange format is refused in one line of our own.
-warnings.filterwarnings("ignore", "Scenario kwargs|Detected pickle protocol")
-warnings.filterwarnings("error", "It is taking many iterations to spawn")  # VMAS would look for a free place for ever
-resume = checkpoint = None
-
-
-def require(is_right, message, status=2):
-    """Unless `is_right`, end with the exit status after one line on stderr; what all processes find, only 0 prints."""
-    if not is_right:
-        sys.stderr.write(f"train_mappo.py: {message}\n" if rank == 0 or status == 1 else "")
-        sys.exit(status)
-
-
-def end_in_one_line(kind, error, trace):
-    """As sys.excepthook: spare users the traceback of what they caused or can mend, and say what was kept."""
-    no_memory = "ried to allocate" in str(error)  # "Tried" on a GPU; on the CPU a RuntimeError like any other
-    if not (no_memory or issubclass(kind, (KeyboardInterrupt, FloatingPointError, OSError, UserWarning))):
-        return sys.__excepthook__(kind, error, trace)
-    kept = "nothing was kept" if rank == 0 else f"in process {rank}"
-    if globals().get("metrics") and rank == 0:
-        kept = f"go on with {'torchrun …' if job else 'python'} train_mappo.py --resume {shlex.quote(str(run_folder))}"
-    cause = f"--n-agents {n_agents}: no room for that many" if kind is UserWarning else str(error) or "stopped"
-    require(False, f"{cause}; {kept}", {KeyboardInterrupt: 130, UserWarning: 2}.get(kind, 1))
-
-
-if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "notebook")).resolve():  # not in a notebook
-    sys.excepthook = end_in_one_line
-    plt.switch_backend("agg")  # pictures go to files, no window is opened
-    source = Path(__file__).read_text(encoding="utf-8")
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.error = lambda message: require(False, message)
-    parser.add_argument("--resume", metavar="FOLDER", help="folder of the run to go on with, or to show again")
-    option = {name: "--" + name.replace("_", "-") for name in hyperparameters}
-    for name, value in hyperparameters.items():
-        kind = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": type(value)}
-        meaning = source.split(f"\n{name} = ")[1].split("  # ")[1].splitlines()[0] + f" (default: {value})"
-        parser.add_argument(option[name], help=meaning, **kind)
-    given, unknown = parser.parse_known_args()
-    known = parser.format_usage().replace("[", " ").replace("]", " ").split()
-    nearest = difflib.get_close_matches((unknown or [""])[0].split("=")[0], known, 1, 0)[0]
-    require(not unknown, f"{' '.join(unknown)}: there is no such option; the nearest is {nearest}, --help lists all")
-    given = {name: value for name, value in vars(given).items() if value is not None}
-    globals().update(given)  # "resume", too
-    if resume is None and job is not None and job.check(["run_folder"]):  # the job died and was started again
-        resume = job.get("run_folder").decode()
-    if resume is not None:
-        try:
-            checkpoint = dict(torch.load(Path(resume, "checkpoint.pt"), map_location="cpu", weights_only=True))
-            saved = {name: checkpoint["hyperparameters"][name] for name in hyperparameters if name != "device"}
-            assert checkpoint["metrics"][0] and all(type(saved[n]) is type(hyperparameters[n]) for n in saved)
-        except Exception as error:
-            require(False, f"--resume {resume}: this is no folder of a run, or damaged ({type(error).__name__})")
-        for name in given.keys() & saved.keys() - {"n_iters"}:
-            require(given[name] == saved[name], f"{option[name]} {given[name]}: this run has {saved[name]}, drop it")
-        globals().update(saved | given)
-        n_iters = max(n_iters, len(checkpoint["metrics"]))
-
-    ranges = {"max_steps frames_per_batch n_iters num_epochs num_cells evaluation_episodes": (1, 10**9),
-              "n_agents depth": (1, 1000), "minibatch_size": (2, 10**9), "seed evaluation_seed": (0, 2**32 - 1),
-              "lr max_grad_norm critic_coeff": (1e-9, 1e9), "clip_epsilon": (1e-9, 1), "gamma lmbda": (0, 1),
-              "entropy_eps": (0, 1e9)}
-    for name, (low, high) in [(name, bounds) for names, bounds in ranges.items() for name in names.split()]:
-        require(low <= globals()[name] <= high, f"{option[name]} {globals()[name]}: give a number from {low} to {high}")
-    require(frames_per_batch % (max_steps * world_size) == 0, f"--frames-per-batch {frames_per_batch}: give a multiple "
-            f"of max_steps, {max_steps}, for each of {world_size} process(es)")
-    require(frames_per_batch % minibatch_size == 0 == minibatch_size % world_size, f"--minibatch-size {minibatch_size}:"
-            f" give a divisor of frames_per_batch, {frames_per_batch}, that {world_size} process(es) can share")
-    gpus, processes = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # those of this machine
-    devices = ["cpu", *["cuda"] * (gpus >= processes), *(f"cuda:{i}" for i in range(gpus) if world_size == 1)]
-    require(device in devices, f"--device {device}: give one of {', '.join(devices)}")
-    scenarios = difflib.get_close_matches(scenario_name, VmasEnv.available_envs, n=99, cutoff=0)
-    require(scenario_name in scenarios, f"--scenario-name {scenario_name}: give one of {', '.join(scenarios)}")
-    try:
-        probe = VmasEnv(scenario_name, num_envs=8, seed=seed, device=device, n_agents=n_agents)
-    except Exception as error:
-        require(False, f"--n-agents {n_agents}: give fewer, or a number that {scenario_name} accepts ({error})")
-    require(len(probe.group_map) == 1 and not probe.het_specs, f"--scenario-name {scenario_name}: give a scenario with "
-            f"one team of alike agents; this one has {', '.join(probe.agent_names)}")
-    require(probe.n_agents == n_agents or "n_agents" not in given, f"--n-agents {n_agents}: give {probe.n_agents}")
+kinds = (bool, int, float, str, list, dict)
+names = [name for name, value in globals().items() if type(value) in kinds and name[0].islower()]
+if "hyperparameters" not in globals():  # when this runs once more, there are other names, too
+    hyperparameters = names
+rank, world_size = 0, 1
 
 # %% [markdown]
 # ---
-# ## Many processes (skip this on a first reading)
-# Started by torchrun, N processes train one policy: each simulates its share of the environments and averages its
-# gradients with the others'. The hyperparameters speak of the whole job, so each process takes an Nth of a batch and
-# of a minibatch. A job of one process passes through here unchanged.
+# ## A. From a shell (skip this on a first reading)
+# Every name of Section 1 is an option: `n_iters` is `--n-iters`, `mappo` is `--mappo` or
+# `--no-mappo`, and lists and dictionaries are written as JSON. Values that cannot work are refused
+# before anything is trained, in a notebook by a ValueError. If `run_folder` holds a run, it is
+# resumed, and options that are not given keep that run's values.
+#
+# Started by torchrun, several processes train one policy together. The hyperparameters speak of the
+# whole job, so each process takes its share of the frames and of a minibatch, and, if there are
+# GPUs, one of them. Process 0 speaks for all; only errors are printed by every process. (This needs
+# cell B, too, which averages the gradients.)
 
 # %%
-frames_per_batch, minibatch_size = frames_per_batch // world_size, minibatch_size // world_size
-device = f"cuda:{os.environ['LOCAL_RANK']}" if "cuda" in device and world_size > 1 else device
+import argparse
+import functools
+import math
+import os
+import shlex
+import signal
+import sys
+import warnings
+
+from torch import distributed as dist
+
+# Some scenarios set the number of agents themselves and warn of ours, which is then left alone.
+warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
+# Where agents do not fit into their world, VMAS warns and looks for a free place for ever.
+warnings.filterwarnings("error", "It is taking many iterations to spawn")
+
+
+def require(is_right, name, what_is_right):
+    """Raise a ValueError that names a hyperparameter, its value and what would be right."""
+    if not is_right:
+        raise ValueError(f"{name} is {globals()[name]!r}, but must be {what_is_right}")
+
+
+def check_hyperparameters(given=()):
+    """Raise a ValueError if the hyperparameters, as they are now, cannot work.
+
+    `given` holds the names that the user chose, as far as that is known: a number of agents that
+    the scenario will not have is refused only if somebody asked for it. Returns the number of
+    agents that it has.
+    """
+    whole_numbers = ["max_steps", "frames_per_batch", "n_iters", "num_epochs", "num_cells"]
+    whole_numbers += ["n_agents", "depth", "evaluation_episodes", "seed", "evaluation_seed"]
+    flags = ["mappo", "anneal_lr", "normalize_advantage"]
+    for name in [*flags, "share_parameters_policy", "share_parameters_critic"]:
+        require(type(globals()[name]) is bool, name, "True or False")
+    numbers = ["lr", "max_grad_norm", "critic_coeff", "clip_epsilon", "gamma", "lmbda"]
+    for name in [*numbers, "entropy_eps"]:
+        require(type(globals()[name]) in (int, float), name, "a number")
+    for name in [*whole_numbers, "minibatch_size"]:
+        require(type(globals()[name]) is int, name, "a whole number")
+        require(globals()[name] <= 10**9 or "seed" in name, name, "at most a billion")
+    for name in ("seed", "evaluation_seed"):
+        require(0 <= globals()[name] < 2**32, name, "from 0 to 2**32 - 1")
+    for name in [name for name in whole_numbers if "seed" not in name]:
+        require(globals()[name] >= 1, name, "at least 1")
+    require(minibatch_size >= 2, "minibatch_size", "at least 2, so that it has a deviation")
+    for name in ("lr", "max_grad_norm", "critic_coeff"):
+        require(0 < globals()[name] < math.inf, name, "a number above 0")
+    require(0 < clip_epsilon < 1, "clip_epsilon", "between 0 and 1")
+    require(0 <= gamma <= 1, "gamma", "from 0 to 1")
+    require(0 <= lmbda <= 1, "lmbda", "from 0 to 1")
+    require(0 <= entropy_eps < math.inf, "entropy_eps", "0 or a number above it")
+
+    shared = f" that {world_size} processes can share" if world_size > 1 else ""
+    fits = frames_per_batch % (max_steps * world_size) == 0
+    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}{shared}")
+    fits = frames_per_batch % minibatch_size == 0 and minibatch_size % world_size == 0
+    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}{shared}")
+    fits = minibatch_size // world_size >= 2
+    require(fits, "minibatch_size", f"at least 2 for each of {world_size} processes")
+
+    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    devices = ["cpu", "cuda"] if gpus >= here else ["cpu"]
+    if world_size == 1:
+        devices += [f"cuda:{index}" for index in range(gpus)]
+    known = " or ".join(devices)
+    require(device in devices, "device", f"{known}: GPUs here: {gpus}, for processes: {here}")
+
+    known = VmasEnv.available_envs
+    require(scenario_name in known, "scenario_name", "one of " + ", ".join(known))
+    require(type(scenario_options) is dict, "scenario_options", "a dictionary")
+    require("n_agents" not in scenario_options, "scenario_options", "without n_agents, set above")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Scenario kwargs")  # of keywords that it does not know
+        warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
+        options = {"n_agents": n_agents, **scenario_options}
+        try:
+            trial = VmasEnv(
+                scenario_name, num_envs=100, seed=0, device="cpu", scenario_kwargs=options
+            )
+        except Exception as error:
+            raise ValueError(
+                f"n_agents is {n_agents} and scenario_options is {scenario_options}, but must be "
+                f"fewer agents or options that {scenario_name} accepts; it says: {error}"
+            ) from error
+    one_team = len(trial.group_map) == 1 and not trial.het_specs
+    team = ", ".join(trial.agent_names)
+    require(one_team, "scenario_name", f"a scenario with one team of alike agents, not {team}")
+    fits = trial.n_agents == n_agents or "n_agents" not in given
+    require(fits, "n_agents", f"{trial.n_agents}, which this scenario sets itself")
+    return trial.n_agents
+
+
+def json_value(text, kind):
+    """Turn an option's text into a list or a dictionary; argparse reports what is neither."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if type(value) is not kind:
+        raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} written as JSON")
+    return value
+
+
+def options_of_the_run(given):
+    """Return the hyperparameters of the run in `run_folder`, less those `given`; none if it is new.
+
+    Raises a ValueError if its checkpoint is damaged.
+    """
+    path = Path(run_folder, "checkpoint.pt")
+    found = [{}]
+    if rank == 0 and path.is_file():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of strange formats, which are refused
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            found = [dict(checkpoint["hyperparameters"])]
+        except Exception as error:
+            found = [type(error).__name__]
+    if world_size > 1:
+        dist.broadcast_object_list(found)  # the others may not see the first one's folder
+    [theirs] = found
+    readable = type(theirs) is dict
+    require(readable, "run_folder", f"a run's; its checkpoint.pt is damaged or foreign ({theirs})")
+    settings = {name: theirs[name] for name in hyperparameters if name in theirs}
+    for name, value in settings.items():
+        alike = type(value) is type(globals()[name])
+        require(alike, "run_folder", f"a run's; its checkpoint.pt has {value!r} as its {name}")
+    return {name: settings[name] for name in settings if name not in {*given, "run_folder"}}
+
+
+def stop(signal_number, frame):
+    """On Ctrl-C, say in one line what was kept and how to go on."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process at once
+    place = globals().get("folder", run_folder)
+    kept = "nothing was kept"
+    if place and Path(place, "checkpoint.pt").exists():
+        launcher = ["python"]
+        if world_size > 1:
+            launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        command = [*launcher, sys.argv[0], "--run-folder", str(place)]
+        kept = f"go on with: {shlex.join(command)}"
+    if "progress" in globals():
+        progress.close()  # or its last state would follow our line
+    if rank == 0:
+        print(f"train_mappo.py: stopped; {kept}", file=sys.stderr)
+    sys.exit(130)
+
+
+if dist.is_torchelastic_launched():  # by torchrun
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if world_size > 1 and not dist.is_initialized():
+    store, _, _ = next(dist.rendezvous("env://"))
+    # After a restart of the job, the addresses of the processes before it are still in there.
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    dist.init_process_group(store=store, rank=rank, world_size=world_size)
+if rank > 0:
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  it stays open until the process ends
+    tqdm.__init__ = functools.partialmethod(tqdm.__init__, disable=True)
+
+given = {}
+try:
+    if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "a notebook")).resolve():
+        signal.signal(signal.SIGINT, stop)
+        plt.switch_backend("agg")  # pictures go to files, no window is opened
+        text = Path(__file__).read_text("utf-8").partition("# ## 1. Hyperparameters")[2]
+        command_line = argparse.ArgumentParser(
+            prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
+            usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
+            description="Each name is an option, with - in place of _; its value is the default.",
+            epilog=text.partition("# %%")[2].partition("# %%")[0],  # the cell with the names
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        for name in hyperparameters:
+            how = {"type": type(globals()[name])}
+            if how["type"] is bool:
+                how = {"action": argparse.BooleanOptionalAction}
+            elif how["type"] in (list, dict):
+                how = {"type": functools.partial(json_value, kind=how["type"])}
+            option = "--" + name.replace("_", "-")
+            command_line.add_argument(option, help=argparse.SUPPRESS, **how)
+        given = vars(command_line.parse_args())
+        globals().update(given)
+        if run_folder:
+            globals().update(options_of_the_run(given))
+    n_agents = check_hyperparameters(given)
+except (OSError, ValueError) as error:
+    if "command_line" not in globals():
+        raise
+    command_line.error(str(error))
+
+if world_size > 1:
+    the_job = {"frames_per_batch": frames_per_batch, "minibatch_size": minibatch_size}
+    the_job["device"] = device
+    frames_per_batch //= world_size
+    minibatch_size //= world_size
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)  # before anything is built, or all would share GPU 0
 
 # %% [markdown]
 # ---
 # ## 2. Environment
-# VMAS simulates `num_vmas_envs` copies of the scenario at once, as one batch of tensors on `device`. The policy runs
-# there, too, so on a GPU the data never leaves it. There are enough copies for one full episode each in a batch; where
-# an episode ends early, another begins, and the end of the batch cuts it off.
+# Three robots start at random places of a square, each with a goal of its own. In *navigation*, a
+# robot observes 18 numbers: its position (2) and velocity (2), the way to its goal (2), and how
+# near other robots are in 12 directions (its lidar). Its action is a force along x and y. The
+# reward of a step is the same for all robots in its largest part, the sum over the *team* of the
+# distance by which each came nearer to its goal; a robot that touches others gets -1 for each of
+# them, for itself alone. The episode ends when every robot is within 0.10 of its goal. (The
+# scenario also pays 0.01 while all are within 0.05; as the episode is over before, that is hardly
+# ever earned.)
 #
-# The parts of TorchRL hand one TensorDict to each other: a dictionary of tensors that share their first dimensions, its
-# batch shape, and can be indexed and reshaped together along them. Dictionaries lie within it: what a step led to is
-# under `"next"`, and `td["next", "done"]` reads `"done"` there. Each part names the entries that it reads and those
-# that it writes. Some entries are the team's, one per environment; those that each agent has of its own lie under
-# `"agents"`:
+# VMAS simulates `num_vmas_envs` copies of this at once, as one batch of tensors on `device`. The
+# policy runs there, too, so on a GPU the data never leaves it. With frames_per_batch / max_steps
+# copies, each has room for one episode of full length in a batch; where an episode ends early,
+# another begins, and the end of the batch cuts that one off.
+#
+# The parts of TorchRL hand one TensorDict to each other: a dictionary of tensors that share their
+# first dimensions, its *batch shape*, and can be indexed and reshaped along them together. There
+# are dictionaries in it: what a step led to is under `"next"`, and `td["next", "done"]` reads the
+# `"done"` there. Each part names the entries that it reads and those that it writes. Some entries
+# are the team's, one for each environment; those that each agent has of its own lie under
+# `"agents"`. After `max_steps` steps, with `n_obs` = 18 numbers in an observation and `n_actions` =
+# 2 in an action:
 #
 # | key | shape | whose |
 # |---|---|---|
-# | `("agents", "observation")` | (num_vmas_envs, n_agents, n_obs) | each agent's: position, velocity, goal, lidar |
-# | `("agents", "action")` | (num_vmas_envs, n_agents, n_actions) | each agent's: a force along x and y |
-# | `("next", "agents", "reward")` | (num_vmas_envs, n_agents, 1) | the team's progress, less one's own collisions |
-# | `("next", "terminated")` | (num_vmas_envs, 1) | the team's: every agent has reached its goal |
-# | `("next", "truncated")` | (num_vmas_envs, 1) | the team's: the time is up |
-# | `("next", "done")` | (num_vmas_envs, 1) | the team's: one or the other |
+# | `("agents", "observation")` | (num_vmas_envs, max_steps, n_agents, n_obs) | each agent's |
+# | `("agents", "action")` | (num_vmas_envs, max_steps, n_agents, n_actions) | each agent's |
+# | `("next", "agents", "reward")` | (num_vmas_envs, max_steps, n_agents, 1) | each agent's |
+# | `("next", "terminated")` | (num_vmas_envs, max_steps, 1) | the team's: all are at their goals |
+# | `("next", "truncated")` | (num_vmas_envs, max_steps, 1) | the team's: the time is up |
+# | `("next", "done")` | (num_vmas_envs, max_steps, 1) | the team's: one or the other |
 #
-# With the defaults that is (60, 3, 18), (60, 3, 2), (60, 3, 1) and three times (60, 1).
-#
-# A time limit is not a termination. After a termination nothing more can be earned, so the value of what follows is
-# zero; when time runs out, the robots could have gone on, and the critic's estimate of what they would have earned
-# still counts. VMAS, given `max_steps`, would report both as "terminated"; `StepCounter` keeps them apart.
-# `RewardSum` adds up each agent's rewards since the episode began, as `("next", "agents", "episode_reward")`.
+# A time limit is not a termination. After a termination nothing more can be earned, so the value of
+# what follows is zero; when time runs out, the robots could have gone on, and the critic's estimate
+# of what they would have earned still counts. VMAS, given `max_steps`, would report both as
+# "terminated"; TorchRL's `StepCounter` keeps them apart.
 
 
 # %%
+def seed_for(*purpose):
+    """Derive from `seed` a random seed for each purpose, so that no two share their numbers."""
+    return random.Random(f"{seed} {purpose}").getrandbits(32)
+
+
 def make_env(num_envs, seed):
-    """Build the scenario as `num_envs` environments that step together, their random numbers drawn from `seed`."""
-    simulator = VmasEnv(scenario_name, num_envs=num_envs, n_agents=n_agents, seed=seed, device=device,
-                        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP)  # one team, under the key "agents"
-    return simulator.append_transform(StepCounter(max_steps)).append_transform(RewardSum())
+    """Build the scenario as `num_envs` environments that step together, placed by `seed`."""
+    one_team = MarlGroupMapType.ALL_IN_ONE_GROUP  # under the key "agents"
+    how = {"num_envs": num_envs, "seed": seed, "device": device, "group_map": one_team}
+    options = {"n_agents": n_agents, **scenario_options}
+    simulator = VmasEnv(scenario_name, scenario_kwargs=options, **how)
+    return simulator.append_transform(StepCounter(max_steps))
 
 
 num_vmas_envs = frames_per_batch // max_steps
-env = make_env(num_vmas_envs, seed)
+env = make_env(num_vmas_envs, seed_for("environment"))
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
-action_spec = env.full_action_spec_unbatched["agents", "action"]  # bounded: (n_agents, n_actions)
+action_spec = env.full_action_spec_unbatched["agents", "action"]  # (n_agents, n_actions), bounded
+n_actions = action_spec.shape[-1]
+
+# %%
+played = env.rollout(max_steps, break_when_any_done=False)  # there is no policy yet: random actions
+{key: tuple(value.shape) for key, value in played["agents"].items() if key != "info"}
 
 # %% [markdown]
-# *Question 2. If the time limit were a termination, what return would the critic be taught for an episode's last step,
-# and can it see that it is the last?*
+# *Question 2. If the time limit were a termination, what return would the critic be taught for an
+# episode's last step, and can it see that it is the last?*
 #
 # ---
 # ## 3. Policy
-# The policy is *decentralised*: an agent's action depends on its own observation alone, so that each robot can be sent
-# out with a copy of the network and no radio. `MultiAgentMLP` applies a network to every agent and keeps the agent
-# dimension: observations (num_vmas_envs, n_agents, n_obs) in, 2 × n_actions numbers for each agent out.
-# `NormalParamExtractor` makes them a mean and a positive standard deviation, (num_vmas_envs, n_agents, n_actions) each,
-# and `TanhNormal` is a normal distribution squashed into the bounds of the action. The log-probability of the action
-# taken is kept, as PPO will need it: (num_vmas_envs, n_agents).
+# The policy is *decentralised*: an agent's action depends on its own observation alone, so that
+# each robot can be sent out with a copy of the network and no radio. It is built in three steps:
 #
-# With `share_parameters_policy` all agents use the same weights. One network then learns from the experience of the
-# whole team, n_agents times as much. The price: agents that observe the same choose alike, so a task that needs
-# specialists needs observations that tell the agents apart, or networks of their own.
+# 1. `MultiAgentMLP` applies a network to every agent and keeps the agent dimension: observations
+#    (num_vmas_envs, n_agents, n_obs) in, 2 × n_actions numbers for each agent out.
+# 2. `NormalParamExtractor` makes of these a mean and a positive standard deviation.
+#    `TensorDictModule` says where all that is read and written: `"loc"` and `"scale"`,
+#    (num_vmas_envs, n_agents, n_actions) each.
+# 3. `ProbabilisticActor` draws the action from a normal distribution with this mean and deviation,
+#    squashed by a tanh into the bounds of the action (`TanhNormal`), and keeps the logarithm of the
+#    action's probability density under `"action_log_prob"`, (num_vmas_envs, n_agents), which PPO
+#    will need.
+#
+# With `share_parameters_policy` all agents use the same weights. One network then learns from the
+# experience of the whole team, n_agents times as much. The price: agents that observe the same draw
+# their actions from the same distribution, so a task that needs specialists needs observations that
+# tell the agents apart, or networks of their own.
+#
+# How the weights start matters to PPO. Orthogonal matrices pass signals and gradients on without
+# blowing them up or fading them out. The policy's last layer starts 100 times smaller, which
+# Andrychowicz et al. (2021, arXiv:2006.05990) found to be among what matters most: at first every
+# observation then gives nearly the same distribution of actions, centred and wide, and no accident
+# of the start has to be unlearned.
+
 
 # %%
-torch.manual_seed(seed)
-network = {"n_agents": env.n_agents, "n_agent_inputs": n_obs, "n_agent_outputs": 2 * action_spec.shape[-1],
-           "depth": depth, "num_cells": num_cells, "centralized": False, "share_params": share_parameters_policy}
-policy_network = MultiAgentMLP(**network, activation_class=nn.Tanh, device=device)
-policy_module = TensorDictModule(nn.Sequential(policy_network, NormalParamExtractor()),
-                                 in_keys=[("agents", "observation")], out_keys=[("agents", "loc"), ("agents", "scale")])
+def start_orthogonally(network, gain_of_last_layer):
+    """Set a MultiAgentMLP's weights to random orthogonal matrices, and its biases to 0.
+
+    The gain is sqrt(2) in hidden layers, as is customary for PPO, with the tanh of these networks,
+    too, and `gain_of_last_layer` in the last. Where each agent has a
+    network of its own, a weight has the shape (n_agents, outputs, inputs), and each agent's matrix
+    is drawn for itself.
+    """
+    weights = [value for name, value in network.named_parameters() if name.endswith("weight")]
+    biases = [value for name, value in network.named_parameters() if name.endswith("bias")]
+    with torch.no_grad():
+        for weight in weights:
+            gain = gain_of_last_layer if weight is weights[-1] else 2**0.5
+            for matrix in weight.view(-1, *weight.shape[-2:]):
+                nn.init.orthogonal_(matrix, gain)
+        for bias in biases:
+            bias.zero_()
+
+
+torch.manual_seed(seed_for("policy"))
+network = {
+    "n_agents": env.n_agents,
+    "n_agent_inputs": n_obs,
+    "depth": depth,
+    "num_cells": num_cells,
+}
+policy_network = MultiAgentMLP(
+    **network,
+    n_agent_outputs=2 * n_actions,
+    centralized=False,  # an agent's output depends on its own observation only
+    share_params=share_parameters_policy,
+    device=device,
+)
+start_orthogonally(policy_network, gain_of_last_layer=0.01)
+policy_module = TensorDictModule(
+    nn.Sequential(policy_network, NormalParamExtractor()),
+    in_keys=[("agents", "observation")],
+    out_keys=[("agents", "loc"), ("agents", "scale")],
+)
 bounds = {"low": action_spec.space.low, "high": action_spec.space.high}
-policy = ProbabilisticActor(
-    policy_module, in_keys=policy_module.out_keys, out_keys=[("agents", "action")], distribution_class=TanhNormal,
-    distribution_kwargs=bounds, return_log_prob=True, spec=env.full_action_spec_unbatched)
-untrained_policy = copy.deepcopy(policy)  # Section 7 compares the two
+untrained_policy = ProbabilisticActor(
+    policy_module,
+    in_keys=[("agents", "loc"), ("agents", "scale")],
+    out_keys=[("agents", "action")],
+    spec=env.full_action_spec_unbatched,
+    distribution_class=TanhNormal,
+    distribution_kwargs=bounds,
+    return_log_prob=True,
+)
+untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment, a row a robot
 
 # %% [markdown]
-# *Question 3. How many weights and biases does the policy have, and how many with `--no-share-parameters-policy`?*
+# *Question 3. How many weights and biases does the policy have, and how many if
+# `share_parameters_policy` is False?*
 #
 # ---
 # ## 4. Critic
-# This is where MAPPO and IPPO part, in the one argument `centralized`.
+# This is where MAPPO and IPPO part, in the one argument `centralized`. Write o_i for the
+# observation of agent i:
 #
-# - MAPPO: the observations of all agents, joined to one vector of n_agents × n_obs numbers (54 with the defaults), go
-#   in. Where the others are, and how far from their goals, no longer looks like chance, so the return is easier to
-#   predict and advantages are less noisy. But the input grows with the team, and much may not matter to one agent.
-# - IPPO: each agent's value comes from its own n_obs numbers (18), however large the team.
+#     IPPO     V_i = V(o_i)                    n_obs numbers (18), however large the team
+#     MAPPO    V_i = V(o_1, o_2, ..., o_n)     n_agents × n_obs numbers (54), the same for all i
 #
-# Neither makes the world stationary, for the other agents' policies still change; MAPPO only shows the critic more.
+# What does the critic's view change? An advantage is what was earned less what the critic expected.
+# Here most of the reward is the progress of the whole team. From its own observation, a robot's
+# critic cannot tell what the *others* are about to earn: that part of the return looks like chance,
+# and it ends up in the advantage, although this robot's action had no part in it. MAPPO's critic
+# sees where all robots are and how far from their goals, and can take that part off.
 #
-# Either way the critic gives a value for each agent, (num_vmas_envs, n_agents, 1). With `share_parameters_critic` one
-# network serves them all. For MAPPO that means one input and one network, hence *the same value for every agent*, a
-# value of the team's situation; this fits when rewards are mostly shared, as here. For IPPO the inputs differ, so the
-# values do.
+# What a centralised critic does not do:
+#
+# - It does not make the world stationary: the others' policies still change.
+# - It assigns no credit. It sees observations and no actions, so it says how well the team stands,
+#   not who made it so.
+# - It does not always pay. Its input grows with the team, and much of it may not matter to an
+#   agent. In theory a centralised critic that stands in for the return can even make the policy's
+#   gradients noisier (Lyu et al. 2021, arXiv:2102.04402). And where each agent is paid for its own
+#   deeds, there is less to gain.
+#
+# With `share_parameters_critic` one network serves all agents. For MAPPO that means one input and
+# one network, hence *the same value for every agent*: a value of the team's situation. That fits a
+# reward that is mostly shared. It cannot fit what is not: collisions cost only the robots that
+# touch, and a single value can only predict their average over the team. With False, each agent
+# gets a centralised critic of its own, which can tell who is about to be hit. Under IPPO the inputs
+# differ, so the values do, whether the network is shared or not.
+#
+# Why is IPPO called *independent* if its agents share a network, a loss and an optimizer? The name
+# speaks of information: no agent's action or value depends on what another agent observes. Sharing
+# weights is a second choice, apart from the first; IPPO is used with and without it.
 
 # %%
-torch.manual_seed(seed + 1)  # this line and the next are for notebooks: flip mappo, run again from here on,
-policy.load_state_dict(untrained_policy.state_dict())  # and both start from the same untrained policy
+torch.manual_seed(seed_for("critic"))
 critic_network = MultiAgentMLP(
-    n_agents=env.n_agents, n_agent_inputs=n_obs, n_agent_outputs=1, centralized=mappo,
-    share_params=share_parameters_critic, depth=depth, num_cells=num_cells, activation_class=nn.Tanh, device=device)
-critic = TensorDictModule(critic_network, in_keys=[("agents", "observation")], out_keys=[("agents", "state_value")])
+    **network,
+    n_agent_outputs=1,
+    centralized=mappo,  # the whole difference between MAPPO and IPPO
+    share_params=share_parameters_critic,
+    device=device,
+)
+start_orthogonally(critic_network, gain_of_last_layer=1.0)
+critic = TensorDictModule(
+    critic_network,
+    in_keys=[("agents", "observation")],
+    out_keys=[("agents", "state_value")],  # (num_vmas_envs, n_agents, 1)
+)
+critic(env.reset())["agents", "state_value"][0].tolist()  # one situation, a value for each robot
 
 # %% [markdown]
 # *Question 4. How many inputs does the critic have with 8 agents, and how many under IPPO?*
 #
 # ---
-# ## 5. Collection, replay buffer, loss and optimizer
-# `Collector` (formerly SyncDataCollector) steps the environment with the policy and yields batches of shape
-# (num_vmas_envs, max_steps), with a fresh reset before each batch. The replay buffer, usually a memory for off-policy
-# learning, holds one batch only: sampling *without replacement*, it deals the batch out in minibatches, in which each
-# frame occurs exactly once an epoch.
+# ## 5. Collection, advantages, loss
+# ### Collection
+# `Collector` (formerly SyncDataCollector) steps the environment with the policy and yields batches
+# of frames_per_batch frames, (num_vmas_envs, max_steps), each from a fresh reset. It holds the same
+# policy object that the optimizer updates, so it always acts with the newest weights. (The
+# untrained one is copied once, so that Section 7 can compare the two.) (A collector with processes
+# of its own has copies of the weights, and has to be told: `collector.update_policy_weights_()`.)
 #
-# PPO's objective for one agent stays as it is; with several, every agent has a probability ratio and an advantage of
-# its own in each frame, and the loss is the mean over frames and agents. (TorchRL's `MAPPOLoss` and `IPPOLoss` are this
-# `ClipPPOLoss` with MAGAE and the excluded dimension set for you, and value normalisation as an option.)
-#
-# *Generalised advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) mixes all n-step returns, weighted by
-# lmbda, into one estimate of how much better an action was than the critic expected. The multi-agent form, `MAGAE`,
-# copies the team's "done" to every agent: a "done" stops the sum, and a "terminated" also sets the next value to zero.
-#
-# *Clipping*: the objective is the ratio of new to old probability of an action, times its advantage. Once the ratio
-# has moved by clip_epsilon in the direction that pays, its gradient is zero: nothing is gained by leaving the policy
-# that collected the batch further behind, which is what allows several epochs on it.
-#
-# The *entropy bonus* (Williams and Peng 1991) rewards the policy for staying random, so that it does not settle on one
-# action before it has tried others. A squashed normal has no formula for its entropy, so the loss samples it.
-#
-# Advantages are normalised, so that the size of a step does not depend on the scale of the rewards. Each agent has a
-# mean and a standard deviation of its own: the agent dimension, -2, is excluded from them. The value loss is the smooth
-# L1 distance between value and advantage + old value.
+# The replay buffer, usually a large memory for off-policy learning, holds one batch only. Sampling
+# *without replacement*, it deals the batch out in minibatches: in one pass, an *epoch*, every frame
+# occurs exactly once.
 
 # %%
-# The last two options turn off what only recurrent policies and episodes that span batches need.
-collector = Collector(env, policy, device=device, frames_per_batch=frames_per_batch, reset_at_each_iter=True,
-                      track_traj_ids=False, auto_register_policy_transforms=False)
-replay_buffer = ReplayBuffer(storage=LazyTensorStorage(frames_per_batch, device=device),
-                             sampler=SamplerWithoutReplacement(), batch_size=minibatch_size)
-loss_module = ClipPPOLoss(  # not functional: it uses the networks themselves, not stateless copies, which is faster
-    policy, critic, clip_epsilon=clip_epsilon, entropy_coeff=entropy_eps, critic_coeff=critic_coeff, functional=False,
-    normalize_advantage=normalize_advantage, normalize_advantage_exclude_dims=(-2,))
-loss_module.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))  # it finds the others by itself
-loss_module.make_value_estimator(ValueEstimators.MAGAE, gamma=gamma, lmbda=lmbda)
-estimate_advantages = loss_module.value_estimator  # GAE, with the critic
-parameters = list(loss_module.parameters())
-optimizer = torch.optim.Adam(parameters, lr=lr, fused=True)
+policy = copy.deepcopy(untrained_policy)  # this one learns; Section 7 compares the two
+collector = Collector(
+    env,
+    policy,
+    device=device,
+    frames_per_batch=frames_per_batch,
+    reset_at_each_iter=True,
+    track_traj_ids=False,  # episodes need no numbers here
+    auto_register_policy_transforms=False,  # these are for policies that remember earlier steps
+)
+storage = LazyTensorStorage(frames_per_batch, device=device)
+replay_buffer = ReplayBuffer(
+    storage=storage, sampler=SamplerWithoutReplacement(), batch_size=minibatch_size
+)
+
+# %% [markdown]
+# ### Advantages
+# How much better than expected was agent i's action at step t? *Generalised advantage estimation*
+# (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's surprises from there on, with V_i(t)
+# for the value of the observation before step t, and V_i(t+1) for that of the one it led to, under
+# `"next"`, even where the next row belongs to another episode:
+#
+#     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i(t+1) - V_i(t)
+#     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
+#     target     = A_i(t) + V_i(t)                            what the critic is to learn
+#
+# With lmbda = 0 one reward counts, then the critic's word; with 1 all rewards of the episode do,
+# with all their chance. The flags are the team's and the values each agent's. `MultiAgentGAE` lends
+# the flags to every agent; ordinary GAE would ask for the same shapes. A "done" stops the sum. Only
+# a "terminated" also sets the next value to zero, see Section 2. An episode that the end of the
+# batch cuts off is treated like one whose time is up: the sum stops, and the critic's value stands
+# for what was not seen.
+#
+# If all robots share one value and nearly one reward, their advantages in a frame are nearly one
+# number. How does a robot learn what *it* did right? Only over many frames: its own action shifts
+# that number in the same way each time, what the others did shifts it up and down, and in the mean
+# over thousands of frames their part cancels out. That works for three robots, and it is why large
+# teams paid as one learn slowly.
+
+# %%
+estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
+estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
+
+# %% [markdown]
+# ### Loss and optimizer
+# With theta for the policy's weights, agent i has a probability ratio of its own in each frame, and
+# the objective is the mean over frames and agents of the smaller of two terms:
+#
+#     ratio_i   = pi_theta(a_i | o_i) / pi_old(a_i | o_i)
+#     objective = mean of min(ratio_i A_i, clip(ratio_i, 1 - clip_epsilon, 1 + clip_epsilon) A_i)
+#
+# *Clipping*: where an action was good (A_i > 0), making it more than 1 + clip_epsilon times as
+# likely gains nothing more; where it was bad, neither does making it less than 1 - clip_epsilon
+# times as likely. The `min` takes this limit away on the other side: a ratio that has moved in the
+# wrong direction can always be brought back. So the new policy has no reason to go far from the one
+# that collected the batch, which is what allows several epochs on it.
+#
+# May each agent be treated like that while all of them change at once? What was measured is each
+# action's advantage among the *old* teammates, and the joint probability of what the team does is
+# the product of the agents' own. Ratios near 1 keep that product near 1, too, less so the larger
+# the team (Sun et al. 2022, arXiv:2202.00082): a smaller clip_epsilon for larger teams. And
+# clipping does not hold the ratios there; it only removes what would pull them away.
+#
+# *Normalised advantages*: the size of a step should not depend on the scale of the rewards. Mean
+# and standard deviation are taken over a minibatch, for each agent apart (so the agent dimension,
+# -2, is left out of the averaging), so that an agent whose return varies more does not drown the
+# others.
+#
+# *Value loss*: the smooth L1 distance of V_i from its target above, which holds the advantage as it
+# was estimated, not normalised.
+#
+# *Entropy bonus* (Williams and Peng 1991): staying random is worth a little, so that the policy
+# does not settle on one action before it has tried others. The squashed normal has no formula for
+# its entropy, so the loss estimates it from one sample.
+#
+# The loss hands back three terms to be minimised, already weighted: minus the objective,
+# critic_coeff times the value loss, and minus entropy_eps times the entropy.
+#
+# TorchRL has classes named `MAPPOLoss` and `IPPOLoss`. They are this `ClipPPOLoss`, with the
+# excluded dimension and `MultiAgentGAE` set for you, other weights as defaults (0.01 for the
+# entropy) and value normalisation as an option. What they set is worth seeing once.
+
+# %%
+loss_module = ClipPPOLoss(
+    policy,
+    critic,
+    clip_epsilon=clip_epsilon,
+    entropy_coeff=entropy_eps,
+    critic_coeff=critic_coeff,
+    normalize_advantage=normalize_advantage,
+    normalize_advantage_exclude_dims=(-2,),
+    functional=False,  # it uses the networks themselves; stateless copies would be slower
+    loss_critic_type="smooth_l1",
+    log_explained_variance=False,  # Section 6 computes it, from before the update
+)
+loss_module.set_keys(value=("agents", "state_value"))  # the policy's keys it finds by itself
+optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 
 # %% [markdown]
 # *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
 #
-# ---
-# ## Many processes, continued (skip this on a first reading)
-# DistributedDataParallel averages the gradients of all processes during each backward pass. The mean and the standard
-# deviation that normalise the advantages are taken over all processes, too, as if over one large minibatch.
+# The results of a run go to a folder. Each iteration will add a row of measurements to `history`,
+# and call the functions in `after_iteration` with it: whatever is to happen between iterations,
+# from a plot to a checkpoint, goes there, and the loop stays as it is.
 
 # %%
-if world_size > 1:
-    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], job)  # not the addresses before a restart
-    dist.init_process_group("nccl" if "cuda" in device else "gloo", store=store, rank=rank, world_size=world_size)
-    sys.excepthook = end_in_one_line  # once more, as PyTorch has put its own in front
-
-    def normalize_over_the_job(_, inputs):
-        everyone = [torch.empty_like(inputs[0]["advantage"]) for _ in range(world_size)]
-        dist.all_gather(everyone, inputs[0]["advantage"].contiguous())
-        std, mean = torch.std_mean(torch.cat(everyone), dim=0)  # (n_agents, 1)
-        inputs[0]["advantage"] = (inputs[0]["advantage"] - mean) / std.clamp_min(1e-6)
-
-    if normalize_advantage:
-        loss_module.normalize_advantage = False
-        loss_module.register_forward_pre_hook(normalize_over_the_job)
-    loss_module = nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
+algorithm = "MAPPO" if mappo else "IPPO"
+name_of_run = f"{algorithm.lower()}-{scenario_name}-seed{seed}"
+folder = Path(run_folder or f"runs/{name_of_run}-{datetime.now():%Y%m%d-%H%M%S-%f}")
+history = []  # a dictionary of measurements for each finished iteration
+after_iteration = []  # functions of the newest of them
 
 # %% [markdown]
 # ---
-# ## Record keeping (skip this on a first reading)
-# A run has a folder of its own. After each iteration it holds a checkpoint and a table of measurements, each written
-# beside the old one and put in its place when it is whole: a run can be killed at any moment and resumed. The losses
-# are means over the iteration's minibatches. `kl_approx` says how far the policy has moved from the one that collected
-# the batch, `clip_fraction` what share of the ratios lay outside 1 ± clip_epsilon, and `explained_variance` how much of
-# the returns' variance the critic predicts (1: all; 0: no more than their mean would).
+# ## B. Runs that last (skip this on a first reading)
+# After each iteration the run's folder holds a checkpoint, a table of measurements and the
+# hyperparameters. Each file is written beside the old one and put in its place when it is whole, so
+# a run can be killed at any moment. If `run_folder` names a folder with a checkpoint, the run in it
+# is gone on with; any other folder must be new or empty.
+#
+# The random numbers of an iteration depend on `seed`, its number and this process's, and on nothing
+# that happened before: so a run that was stopped ends with the same numbers as one that was not (on
+# a CPU, to the bit), and MAPPO and IPPO with the same seed start from the same first batch.
+#
+# Of several processes the first one reads and writes. `DistributedDataParallel` averages their
+# gradients in each backward pass, and the mean and the deviation that normalise the advantages are
+# those of the whole minibatch, too. After the last iteration the first process goes on alone.
 
 # %%
-columns = ["iteration", "frames", "seconds", "episode_reward_mean", "success_rate", "loss_objective", "loss_critic",
-           "loss_entropy", "entropy", "kl_approx", "clip_fraction", "explained_variance"]
-reached_is = "success rate" if scenario_name == "navigation" else "share that ended before max_steps"
-metrics = [] if checkpoint is None else checkpoint["metrics"]  # for each iteration a dictionary of these columns
-algorithm, started = "mappo" if mappo else "ippo", time.strftime("%Y%m%d-%H%M%S")
-run_folder = Path(resume or Path(output_dir, f"{algorithm}-{scenario_name}-seed{seed}-{started}"))
-hyperparameters = {name: globals()[name] for name in hyperparameters} | {
-    "frames_per_batch": frames_per_batch * world_size, "minibatch_size": minibatch_size * world_size,
-    "n_agents": env.n_agents, "world_size": world_size}
-if checkpoint is not None:
-    try:
-        for name, part in (("policy", policy), ("critic", critic)):
-            assert checkpoint[name].keys() == part.state_dict().keys()
-            part.load_state_dict(checkpoint[name])
-        optimizer.load_state_dict(checkpoint["optimizer"] | {"param_groups": optimizer.state_dict()["param_groups"]})
-        assert all({key: value.shape for key, value in optimizer.state[parameter].items()} == {
-            "step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape} for parameter in parameters)
-        assert all(list(row) == columns and {*map(type, row.values())} <= {int, float} for row in metrics)
-    except Exception as error:
-        require(False, f"--resume {resume}: its checkpoint.pt does not fit these networks ({type(error).__name__})")
+import csv
+import io
+import os
+import sys
+import tempfile
+import uuid
+import warnings
+
+from torch import distributed as dist
+
+settings = {name: globals()[name] for name in hyperparameters}
+if world_size > 1:
+    settings |= the_job  # not this process's share of it
+may_differ = {"run_folder", "device", "n_iters", "evaluation_episodes", "evaluation_seed"}
 
 
 def write(name, save):
-    """Let `save` fill a file, then put it into the run's folder as `name`: a reader finds the old or the new, whole."""
-    with open(run_folder / f"{name}.new", "wb") as file:
-        save(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, run_folder / name)
-
-
-def record(means, seconds):
-    """Add the `means` of an iteration, a TensorDict, to the metrics, and save; a FloatingPointError if not finite."""
-    values = torch.stack([means[column].mean() for column in columns[3:]]) / world_size
-    if world_size > 1:
-        dist.all_reduce(values)
-    if not torch.stack([*values, *(p.detach().abs().sum() for p in parameters)]).isfinite().all():
-        raise FloatingPointError(f"iteration {len(metrics)} gave a loss or a parameter that is not finite")
-    frames = hyperparameters["frames_per_batch"]
-    row = dict(zip(columns, [len(metrics), (len(metrics) + 1) * frames, seconds, *values.tolist()]))
-    if rank == 0:
-        table = "\n".join(",".join(map(str, line)) for line in [columns, *map(dict.values, metrics), row.values()])
-        write("metrics.csv", lambda file: file.write(f"{table}\n".encode()))
-        states = {"policy": policy.state_dict(), "critic": critic.state_dict(), "optimizer": optimizer.state_dict(),
-                  "hyperparameters": hyperparameters, "metrics": [*metrics, row]}
-        write("checkpoint.pt", lambda file: torch.save(states, file))
-        if job is not None:
-            job.set("run_folder", str(run_folder))
-    metrics.append(row)
-    progress.set_postfix_str(f"reward {values[0]:.2f}, {reached_is} {values[1]:.2f}, {frames / seconds:.0f} frames/s")
-
-
-if rank == 0:
+    """Let `save` fill a file, then put it into `folder` as `name`, whole, whatever stood there."""
+    new = folder / f"{name}.{uuid.uuid4().hex}.new"
     try:
-        while checkpoint is None and run_folder.exists():  # another run began in the same second
-            run_folder = Path(f"{run_folder}-2")
-        run_folder.mkdir(parents=True, exist_ok=checkpoint is not None)
-        write("hyperparameters.json", lambda file: file.write(json.dumps(hyperparameters, indent=2).encode()))
+        with open(new, "wb") as file:
+            save(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(new, folder / name)
+    finally:
+        new.unlink(missing_ok=True)
+    directory = os.open(folder, os.O_RDONLY)
+    os.fsync(directory)  # or the new name might not outlive a power cut
+    os.close(directory)
+
+
+def write_tables():
+    """Write the hyperparameters and the measurements so far in formats that anyone can read."""
+    record = json.dumps({**settings, "world_size": world_size}, indent=2)
+    write("hyperparameters.json", lambda file: file.write(record.encode()))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(history[-1]), restval="", extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(history)
+    write("metrics.csv", lambda file: file.write(table.getvalue().encode()))
+
+
+def save_checkpoint():
+    """Write all that is needed to go on after this iteration."""
+    checkpoint = {
+        "hyperparameters": settings,
+        "world_size": world_size,
+        "history": history,
+        "untrained_policy": untrained_policy.state_dict(),
+        "policy": policy.state_dict(),
+        "critic": critic.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def is_a_table(rows):
+    """Whether `rows` are measurements of the iterations 0, 1, ..., at least one of them."""
+    numbers = all(type(value) in (int, float) for row in rows for value in row.values())
+    return len(rows) > 0 and numbers and [row["iteration"] for row in rows] == [*range(len(rows))]
+
+
+def read_checkpoint():
+    """Return the checkpoint in `run_folder`, or None where a run is to begin.
+
+    Raises a ValueError if the folder holds something else or cannot be used, or if the run in it
+    is not the one that the hyperparameters describe. Loading runs no code from the file.
+    """
+    if not run_folder:
+        return None
+    try:
+        inside = [path.name for path in folder.iterdir()] if folder.exists() else []
     except OSError as error:
-        require(False, f"--output-dir {output_dir}: give a folder that can be written ({error})")
-    if checkpoint is not None:
-        print(f"{run_folder}: {len(metrics)} of {n_iters} iterations are done")
+        raise ValueError(f"run_folder is {run_folder!r}, but must be a folder ({error})") from error
+    if "checkpoint.pt" not in inside:
+        for name in inside:
+            if not name.endswith(".new"):  # what a kill in the middle of writing leaves
+                raise ValueError(
+                    f"run_folder is {run_folder!r}, but must be new, empty or the folder of a run; "
+                    f"it holds {name} and no checkpoint.pt"
+                )
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of strange formats, which are refused below
+            path = folder / "checkpoint.pt"
+            checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
+        theirs = dict(checkpoint["hyperparameters"])
+        readable = is_a_table(checkpoint["history"]) and type(checkpoint["world_size"]) is int
+    except Exception as error:
+        raise ValueError(
+            f"run_folder is {run_folder!r}, but its checkpoint.pt is damaged or of another program "
+            f"({type(error).__name__})"
+        ) from error
+    if not readable:
+        raise ValueError(f"run_folder is {run_folder!r}, but its checkpoint.pt has no measurements")
+    for name in settings:
+        if name in theirs and name not in may_differ and theirs[name] != settings[name]:
+            raise ValueError(
+                f"{name} is {settings[name]!r}, but must be {theirs[name]!r} as in the run in "
+                f"{run_folder}, or run_folder another one"
+            )
+    done = len(checkpoint["history"])
+    if done > n_iters:
+        raise ValueError(f"n_iters is {n_iters}, but must be at least {done}, which are done")
+    return checkpoint
+
+
+def restore(checkpoint):
+    """Set networks, optimizer and history to those of a checkpoint; a ValueError if they differ."""
+    try:
+        networks = {"untrained_policy": untrained_policy, "policy": policy, "critic": critic}
+        for name, network in networks.items():
+            if checkpoint[name].keys() != network.state_dict().keys():
+                raise ValueError(f"the {name} has other weights")
+            network.load_state_dict(checkpoint[name])
+        groups = optimizer.state_dict()["param_groups"]  # the learning rate is this run's own
+        state = checkpoint["optimizer"]["state"]
+        optimizer.load_state_dict({"state": state, "param_groups": groups})
+        for parameter in loss_module.parameters():
+            shapes = {key: value.shape for key, value in optimizer.state[parameter].items()}
+            moments = {"exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+            if shapes != {"step": torch.Size([]), **moments}:
+                raise ValueError("the optimizer's state has other shapes")
+    except Exception as error:
+        raise ValueError(
+            f"run_folder is {run_folder!r}, but its checkpoint.pt does not fit these networks "
+            f"({type(error).__name__})"
+        ) from error
+    history.extend(checkpoint["history"])
+
+
+def make_folder():
+    """Make `folder`, if it is not there; a ValueError if nothing can be written to it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=bool(run_folder))
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ValueError(
+            f"run_folder is {run_folder!r}, but must be one that can be written ({error})"
+        ) from error
+
+
+def begin_or_go_on():
+    """Make the folder of a new run, or go on with the run in it, and say which it is."""
+    found = [None]
+    if rank == 0:
+        try:
+            found = [read_checkpoint()]
+            make_folder()
+        except ValueError as error:
+            found = [error]
+    if world_size > 1:
+        dist.broadcast_object_list(found)  # so that all processes end, or start, alike
+    [checkpoint] = found
+    if isinstance(checkpoint, ValueError):
+        raise checkpoint
+    if checkpoint is None:
+        print(f"A new run in {folder}")
+        return
+    restore(checkpoint)
+    print(f"Going on in {folder}: {len(history)} of {n_iters} iterations are done")
+    before = checkpoint["world_size"]
+    if before != world_size:
+        print(f"They were done by {before} process(es), the others will be by {world_size}")
+    if rank == 0:
+        write_tables()
+
+
+def seed_iteration(iteration):
+    """Make the random numbers of an iteration depend on nothing but `seed`, its number and rank."""
+    env.set_seed(seed_for("simulator", iteration, rank))  # on a CPU, VMAS has its own generator
+    torch.manual_seed(seed_for("actions and minibatches", iteration, rank))
+
+
+def finish_iteration(row):
+    """Average `row` over the processes, save, and prepare the next iteration.
+
+    (The mean over processes of a variance or a share of it is that of the whole only nearly.)
+    Raises a FloatingPointError, before anything is saved, if a loss or a weight is not finite.
+    """
+    if world_size > 1:
+        names = [name for name in row if name not in ("iteration", "frames")]
+        values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=device)
+        dist.all_reduce(values)
+        row.update(zip(names, (values / world_size).tolist(), strict=True))
+        row["frames"] = (row["iteration"] + 1) * settings["frames_per_batch"]
+    losses = torch.tensor([value for name, value in row.items() if name.startswith("loss_")])
+    weights = [parameter.detach().isfinite().all() for parameter in loss_module.parameters()]
+    if not (losses.isfinite().all() and torch.stack(weights).all()):
+        raise FloatingPointError(
+            f"iteration {row['iteration']} gave a loss or a weight that is not finite; "
+            f"it was not saved, and {folder} is as it was before"
+        )
+    if rank == 0:
+        save_checkpoint()
+        write_tables()
+    leave_after_the_last_iteration()
+    seed_iteration(row["iteration"] + 1)
+
+
+def leave_after_the_last_iteration():
+    """End the processes beyond the first when there is nothing left to train."""
+    if world_size > 1 and len(history) >= n_iters:
+        dist.destroy_process_group()
+        if rank > 0:
+            sys.exit()
+
+
+def normalize_over_all_processes(module, inputs):
+    """Before the loss, give the advantages of the whole minibatch mean 0 and deviation 1."""
+    [minibatch] = inputs
+    everyone = [torch.empty_like(minibatch["advantage"]) for _ in range(world_size)]
+    dist.all_gather(everyone, minibatch["advantage"].contiguous())
+    deviation, mean = torch.std_mean(torch.cat(everyone), dim=0)  # (n_agents, 1)
+    minibatch["advantage"] = (minibatch["advantage"] - mean) / deviation.clamp_min(1e-6)
+
+
+try:
+    begin_or_go_on()
+except ValueError as error:
+    if "command_line" not in globals():
+        raise
+    command_line.error(str(error))
+if world_size > 1:
+    if normalize_advantage:
+        loss_module.normalize_advantage = False
+        loss_module.register_forward_pre_hook(normalize_over_all_processes)
+    loss_module = nn.parallel.DistributedDataParallel(loss_module, broadcast_buffers=False)
+after_iteration.append(finish_iteration)
+leave_after_the_last_iteration()
+seed_iteration(len(history))
 
 # %% [markdown]
 # ---
 # ## 6. Training loop
-# Each iteration collects a batch, estimates its advantages once, with the critic as it is now, and goes through the
-# batch num_epochs times. The three terms of the loss share one backward pass and one optimizer. While it learns, this
-# code reads no number back from the device, or a GPU would wait for Python at every step: what is to be reported stays
-# there and is read once, at the end.
+# *What to expect.* Each iteration collects a batch, estimates its advantages once, with the critic
+# as it is now, and goes through the batch num_epochs times. The robots first learn to drive roughly
+# towards their goals, within a few iterations, and then to stop there: while the reward soon
+# changes little, the success rate, the share of episodes in which all robots are at their goals in
+# time, is what still rises. MAPPO should get there sooner than IPPO here, because most of the
+# reward is the team's and only MAPPO's critic sees the team. Later the two should come closer:
+# IPPO's noise averages out over more frames. In the literature IPPO often matches MAPPO (de Witt et
+# al. 2020, Yu et al. 2022).
 #
-# The random numbers of an iteration depend on `seed` and `iteration` alone, so that a run that was stopped and resumed
-# continues like one that was not.
+# *What is measured.* `measure` looks at the first episode of each environment only, from its start
+# to its first "done". The later ones are cut off by the end of the batch unless they succeed soon,
+# so counting them would flatter the policy. `measure_update` says what the learning did:
+#
+# - The losses and the entropy are means over the iteration's minibatches.
+# - `kl_approx` says how far the update took the policy from the one that collected the batch: the
+#   mean of ratio - 1 - log ratio, an estimate of the Kullback-Leibler divergence that cannot be
+#   negative. `clip_fraction` is the share of ratios that lie outside 1 ± clip_epsilon by then.
+# - `explained_variance` says how much of the value targets' variance the critic predicted *before*
+#   it learned from them: 1 - Var(A) / Var(target), at most 1, 0 for a critic that knows nothing,
+#   below 0 for one that is worse than that. (The targets hold the critic's own estimates, which
+#   flatters it.) `advantage_std` is the advantages' deviation before they are normalised. The
+#   better the critic sees what is coming, the smaller it is.
+
 
 # %%
-progress = tqdm(range(len(metrics), n_iters), algorithm.upper(), n_iters, initial=len(metrics), disable=rank > 0)
+share = "success_rate" if scenario_name == "navigation" else "terminated_rate"
+
+
+def measure(episodes):
+    """Return means over the first episode of each environment, as a dictionary of numbers.
+
+    `episodes` is a TensorDict of the shape (num_envs, steps), as a batch or a rollout has it.
+    "episode_reward" is summed over the steps and averaged over the agents; "success_rate", in other
+    scenarios "terminated_rate", is the share of episodes that ended before the time was up; a
+    collision is a step in which an agent touches another one, counted for each agent.
+    """
+    done = episodes["next", "done"].squeeze(-1)  # (num_envs, steps)
+    dones_before = done.cumsum(dim=1) - done.int()
+    counted = dones_before == 0  # also the step of the first done itself
+    terminated = episodes["next", "terminated"].squeeze(-1) & counted
+    reward = episodes["next", "agents", "reward"].squeeze(-1).mean(dim=2)
+    means = {
+        "episode_reward": (reward * counted).sum(dim=1).mean().item(),
+        share: terminated.any(dim=1).float().mean().item(),
+        "episode_length": counted.sum(dim=1).float().mean().item(),
+    }
+    if scenario_name == "navigation":
+        penalty = episodes["next", "agents", "info", "agent_collisions"].squeeze(-1)
+        touching = (penalty != 0).float().mean(dim=2)
+        means["collisions"] = (touching * counted).sum(dim=1).mean().item()
+    return means
+
+
+def measure_update(frames, minibatch_losses):
+    """Return what an update did, as a dictionary of numbers.
+
+    `frames` is the batch as the loss read it, `minibatch_losses` a list of the loss's TensorDicts.
+    """
+    losses = torch.stack(minibatch_losses).mean(dim=0)
+    kept = ("loss_objective", "loss_critic", "loss_entropy", "entropy")
+    with torch.no_grad():
+        log_prob = policy.get_dist(frames).log_prob(frames["agents", "action"])
+    log_ratio = log_prob - frames["agents", "action_log_prob"]  # (frames_per_batch, n_agents)
+    ratio = log_ratio.exp()
+    advantage, value_target = frames["advantage"], frames["value_target"]
+    return {
+        **{name: losses[name].item() for name in kept},
+        "kl_approx": (ratio - 1 - log_ratio).mean().item(),
+        "clip_fraction": ((ratio - 1).abs() > clip_epsilon).float().mean().item(),
+        "explained_variance": 1 - (advantage.var() / value_target.var()).item(),
+        "advantage_std": advantage.std().item(),
+    }
+
+
+# %% [markdown]
+# *The loop.* The three terms of the loss share one backward pass and one optimizer. One gradient
+# norm is limited for both networks together: a huge gradient of the critic would scale the policy's
+# down as well.
+
+# %%
+needed = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
+progress = tqdm(range(len(history), n_iters), desc=algorithm, total=n_iters, initial=len(history))
 for iteration in progress:
     start = time.perf_counter()
-    iteration_seed = random.Random(f"{seed} {iteration} {rank}").getrandbits(32)
-    torch.manual_seed(iteration_seed)
-    env.set_seed(iteration_seed)  # VMAS has random numbers of its own
-    optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters) if anneal_lr else lr
+    if anneal_lr:
+        optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters)
 
     batch = collector.next()  # (num_vmas_envs, max_steps)
-    estimate_advantages(batch)  # adds "advantage" and "value_target", (num_vmas_envs, max_steps, n_agents, 1)
+    estimate_advantages(batch)  # adds "advantage" and "value_target", (..., n_agents, 1)
 
+    frames = batch.reshape(-1).select(*needed, "advantage", "value_target")  # (frames_per_batch,)
     replay_buffer.empty()
-    replay_buffer.extend(batch.reshape(-1).select(  # (frames_per_batch,), with what the loss reads and no more
-        ("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob"), "advantage", "value_target"))
-    all_losses = []
-    for epoch in range(num_epochs):
-        for minibatch in replay_buffer:  # (minibatch_size,)
+    replay_buffer.extend(frames)
+    minibatch_losses = []
+    for _ in range(num_epochs):
+        for minibatch in replay_buffer:  # (minibatch_size,), until the batch is used up
             losses = loss_module(minibatch)
             loss = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+            nn.utils.clip_grad_norm_(loss_module.parameters(), max_grad_norm)
             optimizer.step()
-            all_losses.append(losses.detach())
-    collector.update_policy_weights_()  # hands new weights to a collector that has its own copy; ours shares them
+            minibatch_losses.append(losses.detach())
 
-    done = batch["next", "done"].squeeze(-1)  # (num_vmas_envs, max_steps)
-    first = done & (done.cumsum(dim=1) == 1)  # a later episode is cut off by the batch unless it succeeds soon
-    means = torch.stack(all_losses).mean(dim=0)
-    means["episode_reward_mean"] = batch["next", "agents", "episode_reward"][first].mean()
-    means["success_rate"] = batch["next", "terminated"][first].float().mean()
-    record(means, time.perf_counter() - start)
+    row = {"iteration": iteration, "frames": (iteration + 1) * frames_per_batch}
+    row |= measure(batch) | measure_update(frames, minibatch_losses)
+    row["seconds"] = time.perf_counter() - start
+    history.append(row)
+    for function in after_iteration:
+        function(row)
+    progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", share)})
 
 # %% [markdown]
-# *Question 6. What would an off-policy method do differently with the replay buffer, and why not PPO?*
+# *Question 6. What would an off-policy method do differently with the replay buffer, and why not
+# PPO?*
 #
 # ---
-# ## Many processes, the end (skip this on a first reading)
-# The policy is now the same in all processes; the first of them goes on alone.
-
-# %%
-if world_size > 1:
-    dist.destroy_process_group()
-    if rank > 0:
-        sys.exit()
-
-# %% [markdown]
-# ---
 # ## 7. Evaluation
-# While it learns, the policy draws its actions at random; here it takes the squashed mean of its normal distribution.
-# The untrained and the trained policy play the same `evaluation_episodes` fresh episodes, each counted from its reset
-# to its first "done". In navigation an episode terminates only when every agent is at its goal, so the *success rate*
-# is the share of episodes in which that happened before the time limit. In each step, every other agent that an agent
-# touches counts as a collision. Other scenarios have the entries of their "info" printed instead.
+# While it learns, the policy draws its actions from its distribution; here it takes the median, the
+# normal's mean squashed by the tanh. The untrained and the trained policy play the same
+# `evaluation_episodes` fresh episodes. On a CPU and on a GPU those are different ones.
+
 
 # %%
 def evaluate(policy):
-    """Play the evaluation episodes with the deterministic `policy` and return a dictionary of means over them."""
+    """Play the evaluation episodes with the deterministic policy; return what `measure` does."""
+    test_env = make_env(evaluation_episodes, evaluation_seed)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        episodes = make_env(evaluation_episodes, evaluation_seed).rollout(max_steps, policy, break_when_all_done=True)
-    counted = episodes["next", "done"].squeeze(-1).cumsum(dim=1).cumsum(dim=1) <= 1  # also the first done itself
-    reached = (episodes["next", "terminated"].squeeze(-1) & counted).any(dim=1).float().mean().item()
-
-    def total(key):  # summed over an episode, averaged over agents and episodes
-        return (episodes["next", "agents", key].flatten(2).mean(dim=2) * counted).sum(dim=1).mean().item()
-
-    infos = [] if "info" not in episodes["next", "agents"].keys() else episodes["next", "agents", "info"].keys()
-    results = {"episode reward per agent": total("reward"), reached_is: reached,
-               "episode length in steps": counted.sum(dim=1).float().mean().item()}
-    return results | ({"collisions per episode and agent": abs(total(("info", "agent_collisions")))}
-                      if "agent_collisions" in infos else {f"{key}, summed": total(("info", key)) for key in infos})
+        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
 
 
-before, after = evaluate(untrained_policy), evaluate(policy)
-print(f"\n{evaluation_episodes} episodes, deterministic policy{'untrained':>16}{'trained':>12}")
-for name in after:
-    print(f"{name:<36}{before[name]:>16.3f}{after[name]:>12.3f}")
+evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
+print(f"\n{evaluation_episodes} episodes, deterministic policy    untrained     trained")
+for key, value in evaluation["trained"].items():
+    print(f"{key:<35}{evaluation['untrained'][key]:>12.3f}{value:>12.3f}")
 
 # %% [markdown]
 # *Question 7. Why does the success rate during training stay below that of the evaluation?*
 #
+# ### This file against the papers
+# The core is theirs: a centralised critic for MAPPO and a local one for IPPO, shared weights, GAE,
+# clipping, several epochs on each batch, normalised advantages. These things Yu et al. (2022) do
+# differently, and who repeats their experiments should know them:
+#
+# - *What the critic sees.* They feed a global state of the environment to which each agent's own
+#   features are added, so that values differ between agents. Joined observations, as here, are the
+#   simple form; they grow with the team and contain nothing that no agent observes.
+# - *Value normalisation.* They let the critic predict returns scaled by running statistics, which
+#   matters when rewards are large. Here returns are of order 1. They also clip the value's change,
+#   and use a Huber loss with delta 10 where this file has smooth L1, its form with delta 1.
+# - *Epochs.* They advise 5 to 15, fewer for harder tasks, as many epochs on one batch make the
+#   world change faster for the teammates; here it is 30, on an easy task, with few frames.
+#
+# Does a centralised critic help? In their experiments and in those of de Witt et al. (2020) IPPO is
+# often as good: where each agent sees most of what matters to it, or learns from so many frames
+# that the noise of its advantages averages out, there is little left for the wider view to add.
+#
 # ---
 # ## 8. Results
-# A run leaves its trained policy, which other programs can load, its hyperparameters and measurements, a picture of how
-# it learned and a film of one episode. The picture shows the runs of MAPPO and IPPO side by side. So flip `mappo`, run
-# again, and compare; then give both several seeds, as one run says little.
+# A run leaves its trained policy, which other programs can load, the evaluation and a picture of
+# how it learned. Now flip `mappo` in Section 1, run again (in a notebook: that cell, then from
+# Section 4 on), and compare; then give both several seeds, as one run says little.
 
 # %%
-how_to_use = {"network": network, **bounds, "state_dict": policy_network.state_dict()}
-write("policy.pt", lambda file: torch.save(how_to_use, file))
+folder.mkdir(parents=True, exist_ok=True)
+arguments = {**network, "n_agent_outputs": 2 * n_actions, "centralized": False}
+arguments["share_params"] = share_parameters_policy
+state = policy[0].module[0].state_dict()  # of the MultiAgentMLP, the first step of Section 3
+torch.save({"network": arguments, **bounds, "state_dict": state}, folder / "policy.pt")
+(folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2), encoding="utf-8")
+
+figure, axes = plt.subplots(layout="constrained")
+axes.plot([row["frames"] for row in history], [row[share] for row in history], marker=".")
+axes.set(title=f"{algorithm}, {scenario_name}", xlabel="frames", ylabel=f"{share}, actions drawn")
+figure.savefig(folder / "learning_curve.png")
+print(f"The results of this run are in {folder}")
 
 # %% [markdown]
 # ---
-# ## Pictures (skip this on a first reading)
-# Thin curves are all runs of this scenario in the same folder. A thick one is the mean over finished runs that differ
-# in nothing but seed, flag, device and folder, with its 95% bootstrap interval.
+# ## C. Pictures (skip this on a first reading)
+# learning_curves.png: all runs of this scenario beside this one, MAPPO against IPPO. Thin lines are
+# single runs, in which actions are drawn from the policy; a thick one is the mean over finished
+# runs that differ from this one in seed and flag only. Dots at the end are the deterministic
+# policies of the same runs, evaluated after training, which do better. rollout.gif: a film of one
+# episode.
 
 # %%
-runs = []
-for path in sorted(run_folder.resolve().parent.glob("*/checkpoint.pt")):
-    try:
-        run = torch.load(path, map_location="cpu", weights_only=True)
-        runs.append((dict(run["hyperparameters"]), {c: [float(row[c]) for row in run["metrics"]] for c in columns}))
-    except Exception:
-        print(f"{path} is damaged, so the learning curve leaves it out")
-figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-for axis, column, name in zip(axes, columns[3:5], after):
-    axis.set(title=scenario_name, xlabel="frames", ylabel=f"{name}, in training")
-    for label, style in (("MAPPO", {"color": "tab:blue"}), ("IPPO", {"color": "tab:orange", "linestyle": "--"})):
-        alike = {}
-        for theirs, curve in runs:
-            if (theirs.get("scenario_name"), theirs.get("mappo")) == (scenario_name, label == "MAPPO"):
-                axis.plot(curve["frames"], curve[column], **style, linewidth=0.7, alpha=0.5)
-                differences = {key for key, value in hyperparameters.items() if theirs.get(key) != value}
-                if differences <= {"mappo", "seed", "device", "output_dir"} and len(curve[column]) == n_iters:
-                    alike[str(theirs.get("seed"))] = curve[column]
-        if alike:
-            curves, frames = torch.tensor(list(alike.values())), [row["frames"] for row in metrics]  # (runs, n_iters)
-            draws = torch.randint(len(curves), (1000, len(curves)), generator=torch.Generator().manual_seed(0))
-            low, high = curves[draws].mean(dim=1).quantile(torch.tensor([0.025, 0.975]), dim=0)
-            axis.fill_between(frames, low, high, color=style["color"], alpha=0.2, linewidth=0)
-            axis.plot(frames, curves.mean(dim=0), **style, linewidth=2.5, label=f"{label} (mean, runs: {len(curves)})")
-axes[0].legend()
-write("learning_curve.png", lambda file: figure.savefig(file, dpi=120))
+import csv
 
-film, scene = [], make_env(1, evaluation_seed)
+from PIL import Image  # Pillow comes with matplotlib
+
+
+def read_run(place):
+    """Return what a run's folder holds: its settings, its table as lists, and its evaluation."""
+    settings = json.loads((place / "hyperparameters.json").read_text("utf-8"))
+    with open(place / "metrics.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    table = {column: [float(row[column]) for row in rows] for column in ("frames", *drawn)}
+    result = place / "evaluation.json"
+    trained = json.loads(result.read_text("utf-8"))["trained"] if result.exists() else {}
+    return {"mappo": settings["mappo"], "settings": settings, "table": table, "trained": trained}
+
+
+def differ_in_seed_only(run, other):
+    """Whether two runs are as long and have the same settings, but for seed, flag and place."""
+    changed = {key for key, value in run["settings"].items() if other["settings"].get(key) != value}
+    as_long = len(run["table"]["frames"]) == len(other["table"]["frames"])
+    return as_long and changed <= {"mappo", "seed", "device", "run_folder", "world_size"}
+
+
+drawn = ("episode_reward", share)
+runs = {}
+for place in sorted(path.parent for path in folder.resolve().parent.glob("*/metrics.csv")):
+    try:
+        run = read_run(place)
+        if run["settings"]["scenario_name"] == scenario_name:
+            runs[place] = run
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        print(f"{place} is left out of the learning curves: {type(error).__name__} {error}")
+if folder.resolve() in runs:  # not where cell B was left out
+    this_run = runs[folder.resolve()]
+    curves, panels = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    for panel, column in zip(panels, drawn, strict=True):
+        panel.set(title=f"{scenario_name}, actions drawn", xlabel="frames", ylabel=column)
+        for flag, color, line in ((True, "tab:blue", "-"), (False, "tab:orange", "--")):
+            alike = []
+            for run in runs.values():
+                if run["mappo"] != flag:
+                    continue
+                steps, values = run["table"]["frames"], run["table"][column]
+                panel.plot(steps, values, line, color=color, linewidth=0.7, alpha=0.6)
+                if column in run["trained"]:
+                    panel.plot(steps[-1], run["trained"][column], "o", color=color, alpha=0.6)
+                if differ_in_seed_only(run, this_run):
+                    alike.append(values)
+            if alike:
+                label = f"{'MAPPO' if flag else 'IPPO'}, mean of {len(alike)} run(s)"
+                mean, steps = torch.tensor(alike).mean(dim=0), this_run["table"]["frames"]
+                panel.plot(steps, mean, line, color=color, linewidth=2.5, label=label)
+    panels[0].plot([], [], "o", color="gray", label="deterministic, after training")
+    panels[0].legend()
+    curves.savefig(folder / "learning_curves.png", dpi=120)
+
+scene = make_env(1, evaluation_seed)
+pictures = []
 try:
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        scene.rollout(max_steps, policy, callback=lambda *_: film.append(scene.render("rgb_array")))
-    film = [Image.fromarray(frame).reduce(2) for frame in [*film, scene.render("rgb_array")]]  # the last step, too
-except Exception as error:  # without OpenGL, or with a broken one, many kinds of errors are possible
-    print(f"No rollout.gif, as OpenGL is missing ({type(error).__name__}): apt-get install libgl1 libegl1 libglu1-mesa")
+        scene.rollout(
+            max_steps, policy, callback=lambda *_: pictures.append(scene.render("rgb_array"))
+        )
+    pictures.append(scene.render("rgb_array"))  # the last step, too
+except Exception as error:  # many kinds are possible, most often OpenGL is missing
+    print(
+        f"No rollout.gif, as VMAS could not draw ({type(error).__name__}: {error}). "
+        "Where OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
+    )
 else:
-    write("rollout.gif", lambda gif: film[0].save(gif, "GIF", append_images=film[1:], save_all=1, duration=60, loop=0))
-    if "get_ipython" in globals():  # a notebook shows the figure by itself, but not the film
+    film = [Image.fromarray(picture).reduce(2) for picture in pictures]
+    film[0].save(folder / "rollout.gif", save_all=True, append_images=film[1:], duration=60, loop=0)
+    if "get_ipython" in globals():  # a notebook shows figures by itself, but no film
         from IPython.display import Image as Film
-        display(Film(run_folder / "rollout.gif", format="png"))  # under this label, every notebook page shows it
-print(f"\nThe results of this run are in {run_folder}")
+        from IPython.display import display
+
+        display(Film(folder / "rollout.gif", format="png"))  # so labelled, every page shows it
+
+# %% [markdown]
+# ---
+# ## Answers
+# 1. 30 epochs of 6000 / 400 = 15 minibatches are 450 gradient steps; each frame is used 30 times.
+# 2. Nothing but the reward of that step. It cannot see it: no observation holds the clock. So it
+#    would learn a mixture, and undervalue the situations in which episodes tend to run out.
+# 3. 71,684 = 18 × 256 + 256 + 256 × 256 + 256 + 256 × 4 + 4; without sharing three times as many,
+#    215,052.
+# 4. 8 × 18 = 144; under IPPO 18, as with any number of agents.
+# 5. One: the advantage is then that reward, plus gamma times the next value, less the value.
+# 6. It would keep a much larger buffer and never empty it. PPO throws the frames away because they
+#    were collected by another policy, and its clipped ratio only covers the small step from the
+#    policy that collected the batch.
+# 7. In training, actions are drawn at random, so robots jitter around their goals, and the batch
+#    was collected before the policy learned from it.

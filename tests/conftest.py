@@ -1,64 +1,113 @@
-"""What the tests share: two ways to run the script, and one short run of each algorithm for tests that look inside."""
+"""What the tests share: ways to run the script, and a short run of each algorithm to look into."""
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and in every process started from here
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # read when torch is imported, here and in processes started here
+)
 
+import csv
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_mappo.py"
-TEXT = SCRIPT.read_text(encoding="utf-8")
-# No two sizes of these runs are equal, so that a wrong shape cannot pass for the right one.
-TINY = {"n_iters": 2, "num_epochs": 1, "frames_per_batch": 600, "minibatch_size": 150, "evaluation_episodes": 10,
-        "device": "cpu"}
 BAR = re.compile(r"(MAPPO|IPPO): +\d+%\|")  # a state of the progress bar
+CPU = ("--device", "cpu")  # on which runs can be repeated to the bit
+# No two sizes of these runs are equal, so that a wrong shape cannot pass for the right one.
+TINY = {
+    "device": "cpu",
+    "max_steps": 20,
+    "frames_per_batch": 600,
+    "minibatch_size": 100,
+    "num_epochs": 2,
+    "n_iters": 2,
+    "num_cells": 32,
+    "evaluation_episodes": 10,
+}
+LONGEST = 300  # seconds; only a process that hangs needs as much
 
 
-def command_line(folder, *options):
-    """The script with tiny settings and its results below `folder`; later options overrule earlier ones."""
-    tiny = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items()]
-    return [str(SCRIPT), *tiny, f"--output-dir={folder}", *options]
+def options(**values):
+    """TINY, changed by `values`, as words of a command line."""
+    return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **values}.items()]
 
 
-def start(folder, *options):
-    """Run the script as a user does, as a process of its own, and return that process with all that it printed."""
-    return subprocess.run([sys.executable, *command_line(folder, *options)], cwd=folder, capture_output=True, text=True)
+def start(*words, program=(SCRIPT,), **how):
+    """Start the script, or another Python program, with these words; return the process."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, [*program, *words])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        **how,
+    )
 
 
-def run_inside(folder, *options):
+def finish(process, status=0):
+    """Wait for a process, check its exit status, and return what it wrote to stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun then ends the processes that it has started
+        raise
+    assert process.returncode == status, err
+    return out, err
+
+
+def run_inside(*words):
     """Run the script in this process, command line and all, and return its global names."""
-    arguments, hook = sys.argv, sys.excepthook
-    sys.argv = command_line(folder, *options)
+    arguments, handler = sys.argv, signal.getsignal(signal.SIGINT)
+    sys.argv = [str(SCRIPT), *map(str, words)]
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # as outside pytest
-            return runpy.run_path(str(SCRIPT))
+            return runpy.run_path(str(SCRIPT), run_name="__main__")
     finally:
-        sys.argv, sys.excepthook = arguments, hook
+        sys.argv = arguments
+        signal.signal(signal.SIGINT, handler)
 
 
-def measurements(run_folder):
-    """The rows of a run's metrics.csv, header included, without the seconds, which differ from run to run."""
-    rows = [line.split(",") for line in (run_folder / "metrics.csv").read_text().splitlines()]
-    seconds = rows[0].index("seconds")
-    return [row[:seconds] + row[seconds + 1:] for row in rows]
+def load(folder):
+    """The checkpoint of a run."""
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+def rows(folder):
+    """The rows of metrics.csv without the column that no two runs share."""
+    with open(folder / "metrics.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in table]
+
+
+def assert_same(folder, other):
+    """Two runs have the same parameters, the same state of the optimizer and the same measurements."""
+    parts = ("untrained_policy", "policy", "critic", "optimizer")
+    one, two = ({name: load(run)[name] for name in parts} for run in (folder, other))
+    torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert rows(folder) == rows(other)
+    assert [int(row["iteration"]) for row in rows(folder)] == [*range(len(load(folder)["history"]))]
+
+
+def contents(folder):
+    """Each file below a folder and what is in it."""
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="session")
 def mappo(tmp_path_factory):
     """The global names of the script after a short MAPPO run."""
-    return run_inside(tmp_path_factory.mktemp("mappo"))
+    return run_inside(*options(run_folder=tmp_path_factory.mktemp("mappo") / "run"))
 
 
 @pytest.fixture(scope="session")
 def ippo(tmp_path_factory):
     """The global names of the script after a short IPPO run."""
-    return run_inside(tmp_path_factory.mktemp("ippo"), "--no-mappo")
+    return run_inside(*options(run_folder=tmp_path_factory.mktemp("ippo") / "run"), "--no-mappo")

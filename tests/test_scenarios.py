@@ -15,16 +15,34 @@ from conftest import BAR, SCRIPT, command_line
 from torchrl.envs import VmasEnv
 
 # Teams that play against each other, or agents that observe or steer differently from their team mates.
-UNLIKE = {"simple_adversary", "simple_crypto", "simple_push", "simple_speaker_listener", "simple_tag",
-          "simple_world_comm", "diff_drive", "kinematic_bicycle"}
+UNLIKE = {
+    "simple_adversary",
+    "simple_crypto",
+    "simple_push",
+    "simple_speaker_listener",
+    "simple_tag",
+    "simple_world_comm",
+    "diff_drive",
+    "kinematic_bicycle",
+}
 
 
 def run_by_name(scenario, folder):
     """Run the script in this process; return its exit status, stderr and the names of the files that it left."""
-    tiny = ["--max-steps=5", "--frames-per-batch=20", "--minibatch-size=10", "--n-iters=1", "--evaluation-episodes=2"]
+    tiny = [
+        "--max-steps=5",
+        "--frames-per-batch=20",
+        "--minibatch-size=10",
+        "--n-iters=1",
+        "--evaluation-episodes=2",
+    ]
     sys.argv = command_line(folder / scenario, *tiny, f"--scenario-name={scenario}")
     status = 0
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()) as errors, warnings.catch_warnings():
+    with (
+        redirect_stdout(io.StringIO()),
+        redirect_stderr(io.StringIO()) as errors,
+        warnings.catch_warnings(),
+    ):
         try:
             runpy.run_path(str(SCRIPT))
         except SystemExit as ending:
@@ -32,7 +50,9 @@ def run_by_name(scenario, folder):
         except Exception as error:
             status = repr(error)
         finally:
-            plt.close("all")  # many runs in one process: matplotlib warns of the figures that are left
+            plt.close(
+                "all"
+            )  # many runs in one process: matplotlib warns of the figures that are left
     return status, errors.getvalue(), {path.name for path in (folder / scenario).glob("*/*")}
 
 
@@ -51,7 +71,9 @@ def test_one_team_of_alike_agents_is_trained(outcome, scenario):
     status, errors, files = outcome[scenario]
     assert status == 0, errors
     assert "metrics.csv" in files
-    ours = re.sub(r"^.*/vmas/.*Warning: .*\n.*\n", "", errors.replace("\r", "\n"), flags=re.MULTILINE)  # not VMAS's own
+    ours = re.sub(
+        r"^.*/vmas/.*Warning: .*\n.*\n", "", errors.replace("\r", "\n"), flags=re.MULTILINE
+    )  # not VMAS's own
     assert [line for line in ours.splitlines() if line.strip() and not BAR.match(line)] == []
 
 
