@@ -4,9 +4,9 @@
     python study/study.py run flag payment    only the runs of these experiments
     python study/study.py report              print the tables of study/README.md, draw its figures
 
-Each run is `python train_mappo.py` with the options in its row, in a process and a folder of its own, on
-the CPU with one thread. What is known of it comes from the files it leaves: evaluation.json, and
-metrics.csv for the curves. A stopped study goes on where it was.
+Each run is `python train_mappo.py` with the options in its row, in a process and a folder of its
+own, on the CPU with one thread. What is known of it comes from the files it leaves: evaluation.json,
+and metrics.csv for the curves. A stopped study goes on where it was.
 """
 
 import argparse
@@ -40,10 +40,12 @@ def pairs(options, seeds=range(10), algorithms=("MAPPO", "IPPO")):
     return [(options, algorithm, seed) for seed in seeds for algorithm in algorithms]
 
 
+EPOCHS = ["--num-epochs 5", "--num-epochs 10"]
 EXPERIMENTS = {
     "flag": pairs(""),
     "fresh": pairs("", seeds=range(10, 20)),
     "payment": [*pairs(f"{EIGHT} {SHARED}"), *pairs(f"{EIGHT} {OWN}")],
+    "epochs": [run for options in EPOCHS for run in pairs(options)],
 }
 
 

@@ -1,4 +1,4 @@
-"""The cells of train_mappo.py, each with the letter of the engineering or the section it belongs to."""
+"""The cells of train_mappo.py, each with the letter or the number of the part it belongs to."""
 
 import re
 from typing import NamedTuple

@@ -88,7 +88,7 @@ def rows(folder):
 
 
 def assert_same(folder, other):
-    """Two runs have the same parameters, the same state of the optimizer and the same measurements."""
+    """Two runs have the same parameters, state of the optimizer and measurements, bit for bit."""
     parts = ("untrained_policy", "policy", "critic", "optimizer")
     one, two = ({name: load(run)[name] for name in parts} for run in (folder, other))
     torch.testing.assert_close(one, two, rtol=0, atol=0)

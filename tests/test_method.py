@@ -12,7 +12,7 @@ from torchrl.envs import ExplorationType, set_exploration_type
 
 
 def dependence(script, module, key):
-    """How each agent's output (rows) depends on each agent's observation (columns), by gradients."""
+    """How each agent's output (rows) depends on each agent's observation (columns)."""
     observation = script["batch"]["agents", "observation"].flatten(0, 1).clone().requires_grad_()
     data = TensorDict({"agents": {"observation": observation}}, observation.shape[:1])
     output = module(data)["agents", key]
@@ -56,8 +56,10 @@ def test_both_algorithms_start_alike(mappo, ippo):
 
 @pytest.fixture(scope="module")
 def unshared(tmp_path_factory):
-    """A run in which every agent has networks of its own, its learning rate is annealed, gradients are
-    clipped hard, and each robot is paid for itself."""
+    """Every agent has networks of its own, and each robot is paid for itself.
+
+    The learning rate is annealed, and gradients are clipped hard.
+    """
     words = options(
         run_folder=tmp_path_factory.mktemp("unshared") / "run",
         scenario_options='{"shared_rew": false}',
@@ -130,7 +132,7 @@ def test_scenario_options_reach_the_scenario(unshared, mappo):
 
 
 def gae(reward, value, next_value, done, terminated, gamma, lmbda):
-    """Generalised advantage estimation of one agent's frames in one environment, from the last one."""
+    """Generalised advantage estimation of one agent's frames in one environment."""
     advantages, following = [], 0.0
     for t in reversed(range(len(reward))):
         error = reward[t] + (0.0 if terminated[t] else gamma * next_value[t]) - value[t]
@@ -171,7 +173,7 @@ def test_advantages_agree_with_plain_loops(algorithm, request):
 
 
 def plain_loss(script, frames, normalize):
-    """Objective and value loss of a minibatch in plain PyTorch, from nothing but network outputs."""
+    """Objective and value loss of a minibatch in plain PyTorch, from network outputs alone."""
     observation, action = frames["agents", "observation"], frames["agents", "action"]
     loc, scale = script["policy"][0].module(observation)
     z = torch.atanh(action.clamp(-1 + 1e-6, 1 - 1e-6))  # the bounds of navigation's actions
@@ -251,7 +253,7 @@ def test_the_collector_acts_with_the_weights_that_learn(mappo):
 
 
 def test_measures_count_first_episodes_only(mappo):
-    """Three environments, worked out by hand: a success, a time-out, and a success before a second."""
+    """Three environments, worked out by hand: a success, a time-out, two successes in a row."""
     done = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 1], [0, 1, 0, 1]], dtype=torch.bool)
     terminated = torch.tensor([[0, 0, 1, 0], [0, 0, 0, 0], [0, 1, 0, 1]], dtype=torch.bool)
     reward = torch.tensor([[1.0, 1, 1, 9], [2, 2, 2, 2], [5, 5, 9, 9]])
@@ -306,7 +308,7 @@ def test_measurements_of_an_update(mappo, ippo):
 
 
 def test_the_learning_curves_show_the_measurements(mappo):
-    """The method's own curve, and cell C's: one thin line a run, the mean of runs, their evaluation."""
+    """The method's own curve, and cell C's: a line for each run, their mean, their evaluation."""
     history, trained = mappo["history"], mappo["evaluation"]["trained"]
     frames = [row["frames"] for row in history]
     for axes, column in (

@@ -161,7 +161,7 @@ def test_a_process_that_fails_says_why_and_which_it_is(tmp_path):
 
 
 def test_variables_of_another_launcher_do_no_harm(tmp_path, monkeypatch):
-    """RANK and WORLD_SIZE alone, as some schedulers set them, do not make a job of many processes."""
+    """RANK and WORLD_SIZE alone, as some schedulers set them, do not make a job of many."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     out, _ = finish(start(*options(n_iters=1, run_folder=tmp_path / "run")))

@@ -20,7 +20,7 @@ FILES = {
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """{algorithm: (folder, stdout, stderr)} of a run of each, side by side, without --run-folder."""
+    """{algorithm: (folder, stdout, stderr)} of a run of each, side by side."""
     places = {name: tmp_path_factory.mktemp(name) for name in ("mappo", "ippo")}
     flags = {"mappo": "--mappo", "ippo": "--no-mappo"}
     processes = {name: start(*options(), flags[name], cwd=places[name]) for name in places}
