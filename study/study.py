@@ -1,11 +1,12 @@
-"""The runs behind study/README.md: many trainings by train_mappo.py, and one row of results for each.
+"""The runs behind study/README.md: many trainings by train_mappo.py, one row of results for each.
 
-    python study/study.py run                 do every run that study/results.csv lacks, two at a time
+    python study/study.py run                 do every run that results.csv lacks, two at a time
     python study/study.py run flag payment    only the runs of these experiments
-    python study/study.py report              print the tables of study/README.md, draw its figures
+    python study/study.py report              write the tables of README.md anew, draw its figures
+    python study/study.py coverage            how often the intervals hold what they should
 
 Each run is `python train_mappo.py` with the options in its row, in a process and a folder of its
-own, on the CPU with one thread. What is known of it comes from the files it leaves: evaluation.json,
+own, on the CPU with one thread. What is known of it comes from files it leaves: evaluation.json,
 and metrics.csv for the curves. A stopped study goes on where it was.
 """
 
@@ -13,15 +14,22 @@ import argparse
 import csv
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import numpy as np
+from matplotlib.figure import Figure
+from scipy import stats
+
 STUDY = Path(__file__).resolve().parent
 SCRIPT = STUDY.parent / "train_mappo.py"
 RESULTS = STUDY / "results.csv"
+README = STUDY / "README.md"
 
 # What a row of results.csv says: which run it is, its evaluation, and its curves, a value for each
 # iteration, separated by spaces.
@@ -29,34 +37,54 @@ RUN = ["experiment", "options", "algorithm", "seed"]
 EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
 CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
 COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES)]
+DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
+BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
+COLOR = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}
+MARKER = {"MAPPO": "o", "IPPO": "s"}
 
 EIGHT = "--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10 --num-cells 128"
 SHARED = """--scenario-options '{"collisions": false, "shared_rew": true}'"""
 OWN = """--scenario-options '{"collisions": false, "shared_rew": false}'"""
 
 
-def pairs(options, seeds=range(10), algorithms=("MAPPO", "IPPO")):
-    """Runs with the same options: (options, algorithm, seed), both algorithms of a seed side by side."""
-    return [(options, algorithm, seed) for seed in seeds for algorithm in algorithms]
+def pairs(options, seeds=range(10)):
+    """Runs with the same options, both algorithms of a seed in turn: (options, algorithm, seed)."""
+    return [(options, algorithm, seed) for seed in seeds for algorithm in ("MAPPO", "IPPO")]
 
 
-EPOCHS = ["--num-epochs 5", "--num-epochs 10"]
 EXPERIMENTS = {
     "flag": pairs(""),
     "fresh": pairs("", seeds=range(10, 20)),
     "payment": [*pairs(f"{EIGHT} {SHARED}"), *pairs(f"{EIGHT} {OWN}")],
-    "epochs": [run for options in EPOCHS for run in pairs(options)],
+    "epochs": [*pairs("--num-epochs 5"), *pairs("--num-epochs 10")],
+    "horizon": pairs("--gamma 0.9"),
+    "policies": pairs("--no-share-parameters-policy"),
+}
+# Which options an experiment's table compares, and what it calls them.
+TABLES = {
+    "flag": {"": "seeds 0 to 9"},
+    "fresh": {"": "seeds 10 to 19"},
+    "payment": {f"{EIGHT} {SHARED}": "the team's progress", f"{EIGHT} {OWN}": "its own progress"},
+    "epochs": {"--num-epochs 5": "5 epochs", "--num-epochs 10": "10 epochs"},
+    "horizon": {"--gamma 0.9": "gamma 0.9"},
+    "policies": {"--no-share-parameters-policy": "separate policies"},
 }
 
 
+# ------------------------------------------------------------------------------------------- runs
+
+
 def train(experiment, options, algorithm, seed):
-    """Do one run and return its row, a dictionary with the keys COLUMNS; a RuntimeError if it fails."""
+    """Do one run and return its row, a dictionary with the keys COLUMNS.
+
+    Raises a RuntimeError if the run fails.
+    """
     flag = "--mappo" if algorithm == "MAPPO" else "--no-mappo"
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "run")
         given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
         process = subprocess.run(
-            [sys.executable, str(SCRIPT), *split(options), *given],
+            [sys.executable, str(SCRIPT), *shlex.split(options), *given],
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
@@ -76,15 +104,8 @@ def train(experiment, options, algorithm, seed):
     return row
 
 
-def split(options):
-    """The words of an option string, quotes as in a shell."""
-    import shlex
-
-    return shlex.split(options)
-
-
 def read_results():
-    """The rows of results.csv, as a list of dictionaries of strings; none if there is no such file."""
+    """The rows of results.csv, as a list of dictionaries of strings; none if there is no file."""
     if not RESULTS.exists():
         return []
     with open(RESULTS, newline="") as file:
@@ -127,11 +148,180 @@ def run_missing(names):
     return failed
 
 
+# ------------------------------------------------------------------------------------- statistics
+
+
+def values(name, options, algorithm, column):
+    """One number for each seed of an experiment, in the order of the seeds; arrays for curves."""
+    found = {}
+    for row in read_results():
+        if (row["options"], row["algorithm"]) == (options, algorithm):
+            found[int(row["seed"])] = [float(number) for number in row[column].split()]
+    seeds = sorted({seed for its_options, _, seed in EXPERIMENTS[name] if its_options == options})
+    curves = np.array([found[seed] for seed in seeds if seed in found])
+    return curves if column.startswith("curve_") else curves[:, 0]
+
+
+def interval(differences):
+    """Student's 95% interval of the mean of paired differences; no width if all are equal."""
+    if np.ptp(differences) == 0:
+        return differences[0], differences[0]
+    center, width = differences.mean(), stats.sem(differences)
+    return stats.t.interval(0.95, len(differences) - 1, center, width)
+
+
+def probability_of_improvement(ours, theirs):
+    """P(X > Y) + P(X = Y) / 2 over all pairs of runs (Agarwal et al. 2021, arXiv:2108.13264)."""
+    return ((ours[:, None] > theirs) + (ours[:, None] == theirs) / 2).mean()
+
+
+def coverage(population, draws=20_000, n=10):
+    """How often the interval from n paired differences drawn from `population` holds its mean."""
+    generator = np.random.default_rng(0)
+    samples = generator.choice(population, (draws, n))
+    width = stats.t.ppf(0.975, n - 1) * stats.sem(samples, axis=1)
+    return (np.abs(samples.mean(axis=1) - population.mean()) <= width + 1e-12).mean()
+
+
+def table(name):
+    """An experiment as a Markdown table: for each algorithm the mean and the worst run.
+
+    Below them the mean difference between the runs of a seed, MAPPO less IPPO, with its interval,
+    and the probability that a run of MAPPO does better than one of IPPO.
+    """
+    lines = [
+        "| | algorithm | runs | success rate | reward per agent | steps | collisions |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for options, label in TABLES[name].items():
+        found = {
+            algorithm: {column: values(name, options, algorithm, column) for column in EVALUATION}
+            for algorithm in ("MAPPO", "IPPO")
+        }
+        for algorithm, columns in found.items():
+            cells = []
+            for column, runs in columns.items():
+                worst = runs.min() if BETTER[column] == 1 else runs.max()
+                digits = DIGITS[column]
+                cells.append(f"{runs.mean():.{digits}f} (worst {worst:.{digits}f})")
+            count = len(columns["success_rate"])
+            lines.append(f"| {label} | {algorithm} | {count} | {' | '.join(cells)} |")
+        differences, probabilities = [], []
+        for column in EVALUATION:
+            ours, theirs = found["MAPPO"][column], found["IPPO"][column]
+            low, high = interval(ours - theirs)
+            digits = DIGITS[column]
+            mean = (ours - theirs).mean()
+            differences.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
+            sign = BETTER[column]
+            probabilities.append(f"{probability_of_improvement(sign * ours, sign * theirs):.2f}")
+        lines.append(f"| {label} | difference | {count} pairs | {' | '.join(differences)} |")
+        lines.append(f"| {label} | P(MAPPO better) | | {' | '.join(probabilities)} |")
+    return "\n".join(lines)
+
+
+def critics(name):
+    """A Markdown table of what the critics knew: means over runs, first and last iteration."""
+    lines = [
+        "| | algorithm | explained variance, first batch | last | deviation of advantages, first "
+        "| last |",
+        "|---|---|---|---|---|---|",
+    ]
+    for options, label in TABLES[name].items():
+        for algorithm in ("MAPPO", "IPPO"):
+            cells = []
+            for column in ("explained_variance", "advantage_std"):
+                curves = values(name, options, algorithm, f"curve_{column}")
+                cells += [f"{curves[:, 0].mean():.2f}", f"{curves[:, -1].mean():.2f}"]
+            lines.append(f"| {label} | {algorithm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_tables(text):
+    """A README's text with the tables between <!-- table:NAME --> and <!-- /table --> made anew."""
+
+    def made(found):
+        kind, _, name = found[1].rpartition("-")
+        made_table = critics(name) if kind == "critics" else table(name)
+        return f"<!-- table:{found[1]} -->\n{made_table}\n<!-- /table -->"
+
+    return re.sub(r"<!-- table:([\w-]+) -->.*?<!-- /table -->", made, text, flags=re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def draw_pairs(axes, name, column):
+    """One column of an experiment: a mark for each run, a line between the two of a seed."""
+    for place, (options, _) in enumerate(TABLES[name].items()):
+        runs = {one: values(name, options, one, column) for one in ("MAPPO", "IPPO")}
+        for ours, theirs in zip(runs["MAPPO"], runs["IPPO"], strict=True):
+            axes.plot([place - 0.2, place + 0.2], [ours, theirs], color="lightgray", zorder=0)
+        for algorithm, shift in (("MAPPO", -0.2), ("IPPO", 0.2)):
+            where = [place + shift] * len(runs[algorithm])
+            marker, color = MARKER[algorithm], COLOR[algorithm]
+            axes.plot(where, runs[algorithm], marker, color=color, alpha=0.6, label=algorithm)
+            axes.hlines(runs[algorithm].mean(), where[0] - 0.12, where[0] + 0.12, color="black")
+    axes.set_xticks(range(len(TABLES[name])), TABLES[name].values())
+    axes.set_xlim(-0.5, len(TABLES[name]) - 0.5)
+    axes.grid(axis="y", alpha=0.3)
+
+
+def draw_payment():
+    """Who wins when the team is paid, and who when each robot is: study/payment.png."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    draw_pairs(left, "payment", "success_rate")
+    left.set(ylabel="success rate", ylim=(-0.03, 1.05))
+    draw_pairs(right, "payment", "episode_length")
+    right.set(ylabel="steps until all are at their goals", ylim=(40, 100))
+    for axes in (left, right):
+        axes.set_xlabel("what each of 8 robots is paid for")
+    handles, labels = left.get_legend_handles_labels()
+    left.legend(handles[:2], labels[:2], loc="lower right")
+    figure.savefig(STUDY / "payment.png", dpi=120)
+
+
+def draw_flag():
+    """The success rate in training, MAPPO and IPPO with the defaults: study/flag.png."""
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
+        curves = values("flag", "", algorithm, "curve_success_rate")
+        ends = values("flag", "", algorithm, "success_rate")
+        frames = 6000 * np.arange(1, curves.shape[1] + 1)
+        color = COLOR[algorithm]
+        axes.plot(frames, curves.T, line, color=color, linewidth=0.6, alpha=0.5)
+        label = f"{algorithm}, mean of {len(curves)} runs"
+        axes.plot(frames, curves.mean(axis=0), line, color=color, linewidth=2.5, label=label)
+        where = frames[-1] + (1500 if algorithm == "MAPPO" else 3000)
+        axes.plot([where] * len(ends), ends, MARKER[algorithm], color=color, alpha=0.5)
+    axes.plot([], [], "o", color="gray", label="deterministic, after training")
+    axes.set(xlabel="frames", ylabel="success rate, actions drawn", ylim=(-0.03, 1.03))
+    axes.legend(loc="upper left")
+    figure.savefig(STUDY / "flag.png", dpi=120)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "report"])
-    parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS))
+    parser.add_argument("command", choices=["run", "report", "coverage"])
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}")
     arguments = parser.parse_args()
-    sys.exit(1 if run_missing(arguments.experiments) else 0)
+    unknown = set(arguments.experiments) - set(EXPERIMENTS)
+    if unknown:
+        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+    if arguments.command == "run":
+        sys.exit(1 if run_missing(arguments.experiments or list(EXPERIMENTS)) else 0)
+    if arguments.command == "report":
+        README.write_text(with_tables(README.read_text("utf-8")), encoding="utf-8")
+        draw_payment()
+        draw_flag()
+    if arguments.command == "coverage":
+        for column in EVALUATION:
+            both = [
+                np.concatenate([values(name, "", one, column) for name in ("flag", "fresh")])
+                for one in ("MAPPO", "IPPO")
+            ]
+            print(f"{column}: {coverage(both[0] - both[1]):.3f}")
