@@ -257,7 +257,7 @@ def options_of_the_run(given):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of strange formats, which are refused
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+                checkpoint = dict(torch.load(path, map_location="cpu", weights_only=True))
             found = [dict(checkpoint["hyperparameters"])]
         except Exception as error:
             found = [type(error).__name__]
@@ -1185,7 +1185,8 @@ if folder.resolve() in runs:  # not where cell B was left out
                 if differ_in_seed_only(run, this_run):
                     alike.append(values)
             if alike:
-                label = f"{'MAPPO' if flag else 'IPPO'}, mean of {len(alike)} run(s)"
+                label = "MAPPO" if flag else "IPPO"
+                label += f", mean of {len(alike)} runs" if len(alike) > 1 else ", 1 run"
                 mean, steps = torch.tensor(alike).mean(dim=0), this_run["table"]["frames"]
                 panel.plot(steps, mean, line, color=color, linewidth=2.5, label=label)
     panels[0].plot([], [], "o", color="gray", label="deterministic, after training")
