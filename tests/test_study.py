@@ -1,0 +1,67 @@
+"""The study: its tables come from its rows, and its statistics are what they are called."""
+
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, SCRIPT
+from scipy import stats
+
+sys.path.insert(0, str(REPOSITORY / "study"))
+import study  # noqa: E402
+
+
+def test_the_tables_are_those_of_the_rows():
+    """`python study/study.py report` would change nothing in its README."""
+    text = study.README.read_text("utf-8")
+    assert text.count("<!-- table:") >= 4
+    assert study.with_tables(text) == text
+
+
+def test_what_is_compared_has_ten_pairs_and_each_run_one_row():
+    rows = study.read_results()
+    runs = [tuple(row[name] for name in study.RUN[1:]) for row in rows]
+    assert len(set(runs)) == len(runs)
+    shown = study.README.read_text("utf-8")
+    for name, tables in study.TABLES.items():
+        if f"<!-- table:{name} -->" in shown:
+            for options in tables:
+                for algorithm in ("MAPPO", "IPPO"):
+                    assert len(study.values(name, options, algorithm, "success_rate")) == 10
+
+
+def test_the_lesson_of_section_4_has_its_rows():
+    """The numbers in the script's own table."""
+    lines = SCRIPT.read_text("utf-8").splitlines()
+    for options, label in study.TABLES["payment"].items():
+        cells = []
+        for one in ("MAPPO", "IPPO"):
+            success = study.values("payment", options, one, "success_rate")
+            cells.append((f"{success.mean():.2f}", f"{success.min():.2f}"))
+        steps = [
+            study.values("payment", options, one, "episode_length") for one in ("MAPPO", "IPPO")
+        ]
+        [line] = [line for line in lines if line.startswith(f"# | {label} |")]
+        (ours, our_worst), (theirs, their_worst) = cells
+        assert f"| {ours} (worst run {our_worst}) | {theirs} (worst {their_worst}) |" in line
+        assert f"| {steps[0].mean():.1f} | {steps[1].mean():.1f} |" in line
+
+
+def test_the_interval_is_that_of_a_paired_test():
+    """0 lies on its border if and only if the paired t-test gives 5%."""
+    differences = np.random.default_rng(0).normal(1.0, 1.5, 10)
+    low, high = study.interval(differences)
+    for border in (low, high):
+        assert stats.ttest_1samp(differences, border).pvalue == pytest.approx(0.05)
+    assert study.interval(np.full(10, 0.3)) == (0.3, 0.3)
+
+
+def test_its_coverage_is_that_of_a_normal_population_where_there_is_one():
+    """Simulated as for the study, but drawn from a population for which 95% is exact."""
+    population = stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
+    assert study.coverage(population) == pytest.approx(0.95, abs=0.01)
+
+
+def test_the_probability_of_improvement_counts_pairs():
+    ours, theirs = np.array([1.0, 2.0]), np.array([1.0, 0.0])
+    assert study.probability_of_improvement(ours, theirs) == (0.5 + 1 + 1 + 1) / 4
