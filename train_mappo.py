@@ -54,10 +54,10 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO, it reports ea
 #
 # PPO (Schulman et al. 2017, arXiv:1707.06347) learns *on-policy*: the current policy collects a
 # batch of experience, a few epochs of gradient steps improve the policy on that batch, and the
-# batch is thrown away, because the improved policy would have collected another one. A *critic*, a
-# network that predicts the return, is what the actual return is compared with: actions that did
-# better than predicted become more likely. It is needed while learning; the robots drive without
-# it.
+# batch is thrown away, because the improved policy would have collected another one. A *critic* is
+# a network that predicts the return. The actual return is compared with its prediction: actions
+# that did better than predicted become more likely. It is needed while learning; the robots drive
+# without it.
 #
 # With several agents one thing changes. Each agent's environment contains the other agents, and
 # they learn too: what was a good move yesterday may be a bad one today. To a single agent the world
@@ -117,9 +117,9 @@ run_folder = ""  # where the results go; empty: a new folder below runs/
 # *Question 1. How many gradient steps does one iteration take, and how often is each frame used in
 # them? (Answers to all questions stand at the end of this file.)*
 #
-# The method itself needs no more than these names. Two things are noted here for the cells A and B,
-# which put a command line, checkpoints and many processes around it: which names they are, and that
-# this is one process, number 0 of 1.
+# *Bookkeeping for the cells A and B, which put a command line, checkpoints and many processes
+# around the method: run it, no need to read it. It notes the names above, and that this is process
+# 0 of 1.*
 
 # %%
 kinds = (bool, int, float, str, list, dict)
@@ -138,8 +138,8 @@ rank, world_size = 0, 1
 #
 # Started by torchrun, several processes train one policy together. The hyperparameters speak of the
 # whole job, so each process takes its share of the frames and of a minibatch, and, if there are
-# GPUs, one of them. Process 0 speaks for all; only errors are printed by every process. (This needs
-# cell B, too, which averages the gradients.)
+# GPUs, one of them (with fewer GPUs than processes: `--device cpu`). Process 0 speaks for all; only
+# errors are printed by every process. (This needs cell B, too, which averages the gradients.)
 
 # %%
 import argparse
@@ -279,10 +279,11 @@ def stop(signal_number, frame):
     place = globals().get("folder", run_folder)
     kept = "nothing was kept"
     if place and Path(place, "checkpoint.pt").exists():
-        launcher = ["python"]
+        command = ["python", *sys.argv]
         if world_size > 1:
-            launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
-        command = [*launcher, sys.argv[0], "--run-folder", str(place)]
+            command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *sys.argv]
+        if not run_folder:
+            command += ["--run-folder", str(place)]
         kept = f"go on with: {shlex.join(command)}"
     if "progress" in globals():
         progress.close()  # or its last state would follow our line
@@ -349,12 +350,11 @@ if world_size > 1:
 # ## 2. Environment
 # Three robots start at random places of a square, each with a goal of its own. In *navigation*, a
 # robot observes 18 numbers: its position (2) and velocity (2), the way to its goal (2), and how
-# near other robots are in 12 directions (its lidar). Its action is a force along x and y. The
-# reward of a step is the same for all robots in its largest part, the sum over the *team* of the
-# distance by which each came nearer to its goal; a robot that touches others gets -1 for each of
-# them, for itself alone. The episode ends when every robot is within 0.10 of its goal. (The
-# scenario also pays 0.01 while all are within 0.05; as the episode is over before, that is hardly
-# ever earned.)
+# near other robots are in 12 directions (its lidar). Its action is a force along x and y. Most of a
+# step's reward is shared: the sum over the *team* of the distance by which each came nearer to its
+# goal; a robot that touches others gets -1 for each of them, for itself alone. The episode ends
+# when every robot is within 0.10 of its goal. (The scenario also pays 0.01 while all are within
+# 0.05; as the episode is over before, that is hardly ever earned.)
 #
 # VMAS simulates `num_vmas_envs` copies of this at once, as one batch of tensors on `device`. The
 # policy runs there, too, so on a GPU the data never leaves it. With frames_per_batch / max_steps
@@ -444,10 +444,9 @@ played = env.rollout(max_steps, break_when_any_done=False)  # there is no policy
 def start_orthogonally(network, gain_of_last_layer):
     """Set a MultiAgentMLP's weights to random orthogonal matrices, and its biases to 0.
 
-    The gain is sqrt(2) in hidden layers, as is customary for PPO, with the tanh of these networks,
-    too, and `gain_of_last_layer` in the last. Where each agent has a
-    network of its own, a weight has the shape (n_agents, outputs, inputs), and each agent's matrix
-    is drawn for itself.
+    The gain is sqrt(2) in hidden layers (customary for PPO, used here with tanh, too) and
+    `gain_of_last_layer` in the last. Where each agent has a network of its own, a weight has the
+    shape (n_agents, outputs, inputs), and each agent's matrix is drawn for itself.
     """
     weights = [value for name, value in network.named_parameters() if name.endswith("weight")]
     biases = [value for name, value in network.named_parameters() if name.endswith("bias")]
@@ -502,25 +501,28 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 # observation of agent i:
 #
 #     IPPO     V_i = V(o_i)                    n_obs numbers (18), however large the team
-#     MAPPO    V_i = V(o_1, o_2, ..., o_n)     n_agents × n_obs numbers (54), the same for all i
+#     MAPPO    V_i = V(o_1, o_2, ..., o_n)     n_agents × n_obs numbers (54), one input for all i
 #
 # What does the critic's view change? An advantage is what was earned less what the critic expected.
 # Here most of the reward is the progress of the whole team. From its own observation, a robot's
 # critic cannot tell what the *others* are about to earn: that part of the return looks like chance,
 # and it ends up in the advantage, although this robot's action had no part in it. MAPPO's critic
-# sees where all robots are and how far from their goals, and can take that part off.
+# sees where all robots are and how far from their goals, and can take off what is *predictable*
+# from that. What the others' randomly drawn actions add stays in; Section 5 returns to it.
 #
-# One keyword of the scenario puts this to the test: paid for its *own* progress (`"shared_rew":
-# False` in `scenario_options`), a robot has nothing to gain from a wider view. With 8 robots that
-# cannot collide and ten seeds, this came out (study/README.md has the runs and the command):
+# One keyword of the scenario puts this to the test. With collisions off and each robot paid for its
+# *own* progress (`scenario_options = {"collisions": False, "shared_rew": False}`), nothing that a
+# robot earns depends on the others, so a wider view should not help. Eight robots, ten seeds,
+# 60,000 frames, evaluated as in Section 7 (study/README.md has the runs and the command):
 #
-# | what each robot is paid for | success: MAPPO | IPPO | steps to the goals: MAPPO | IPPO |
+# | what each robot is paid for | success: MAPPO | IPPO | steps (failures: 100): MAPPO | IPPO |
 # |---|---|---|---|---|
 # | the team's progress | 1.00 (worst run 1.00) | 0.88 (worst 0.13) | 64.2 | 74.9 |
 # | its own progress | 1.00 (worst run 1.00) | 1.00 (worst 1.00) | 53.7 | 53.0 |
 #
-# So ask of a task which part of an agent's return depends on what *this* agent cannot see. Only
-# there a centralised critic can help. And note what mattered more here: the reward itself.
+# So ask of a task which part of an agent's return depends on what *this* agent cannot see. That is
+# where a centralised critic can help. And note that changing the reward helped IPPO more than
+# changing its critic did.
 #
 # What a centralised critic does not do:
 #
@@ -528,7 +530,7 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 # - It assigns no credit. It sees observations and no actions, so it says how well the team stands,
 #   not who made it so.
 # - It does not always pay. Its input grows with the team, and much of it may not matter to an
-#   agent. In theory a centralised critic that stands in for the return can even make the policy's
+#   agent. In theory a centralised critic used in place of the observed return can make the policy's
 #   gradients noisier (Lyu et al. 2021, arXiv:2102.04402). And where each agent is paid for its own
 #   deeds, there is less to gain.
 #
@@ -597,7 +599,7 @@ replay_buffer = ReplayBuffer(
 # How much better than expected was agent i's action at step t? *Generalised advantage estimation*
 # (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's surprises from there on, with V_i(t)
 # for the value of the observation before step t, and V_i(t+1) for that of the one it led to, under
-# `"next"`, even where the next row belongs to another episode:
+# `"next"`, never from the next row, which may be the first of another episode:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i(t+1) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -611,10 +613,10 @@ replay_buffer = ReplayBuffer(
 # for what was not seen.
 #
 # If all robots share one value and nearly one reward, their advantages in a frame are nearly one
-# number. How does a robot learn what *it* did right? Only over many frames: its own action shifts
-# that number in the same way each time, what the others did shifts it up and down, and in the mean
-# over thousands of frames their part cancels out. That works for three robots, and it is why large
-# teams paid as one learn slowly.
+# number, also with MAPPO's critic. How does a robot learn what *it* did right? Only over many
+# frames: its own action shifts that number in the same way each time, what the others did shifts it
+# up and down, and in the mean over thousands of frames their part cancels out. That works for three
+# robots, and it is why large teams paid as one learn slowly.
 
 # %%
 estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
@@ -631,22 +633,22 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # *Clipping*: where an action was good (A_i > 0), making it more than 1 + clip_epsilon times as
 # likely gains nothing more; where it was bad, neither does making it less than 1 - clip_epsilon
 # times as likely. The `min` takes this limit away on the other side: a ratio that has moved in the
-# wrong direction can always be brought back. So the new policy has no reason to go far from the one
-# that collected the batch, which is what allows several epochs on it.
+# wrong direction can always be brought back. So the new policy has little to gain from going far
+# from the one that collected the batch, which is what allows several epochs on it.
 #
 # May each agent be treated like that while all of them change at once? What was measured is each
 # action's advantage among the *old* teammates, and the joint probability of what the team does is
 # the product of the agents' own. Ratios near 1 keep that product near 1, too, less so the larger
-# the team (Sun et al. 2022, arXiv:2202.00082): a smaller clip_epsilon for larger teams. And
-# clipping does not hold the ratios there; it only removes what would pull them away.
+# the team (Sun et al. 2022, arXiv:2202.00082), which speaks for a smaller clip_epsilon there.
+# Clipping does not *force* the ratios to stay near 1; it only removes the incentive to leave.
 #
 # *Normalised advantages*: the size of a step should not depend on the scale of the rewards. Mean
 # and standard deviation are taken over a minibatch, for each agent apart (so the agent dimension,
 # -2, is left out of the averaging), so that an agent whose return varies more does not drown the
 # others.
 #
-# *Value loss*: the smooth L1 distance of V_i from its target above, which holds the advantage as it
-# was estimated, not normalised.
+# *Value loss*: the smooth L1 distance of V_i from its target above, which is built from the
+# advantage before normalisation.
 #
 # *Entropy bonus* (Williams and Peng 1991): staying random is worth a little, so that the policy
 # does not settle on one action before it has tried others. The squashed normal has no formula for
@@ -687,7 +689,7 @@ algorithm = "MAPPO" if mappo else "IPPO"
 name_of_run = f"{algorithm.lower()}-{scenario_name}-seed{seed}"
 folder = Path(run_folder or f"runs/{name_of_run}-{datetime.now():%Y%m%d-%H%M%S-%f}")
 history = []  # a dictionary of measurements for each finished iteration
-after_iteration = []  # functions of the newest of them
+after_iteration = []  # functions that are called with the newest of them, last added first
 
 # %% [markdown]
 # ---
@@ -695,7 +697,7 @@ after_iteration = []  # functions of the newest of them
 # After each iteration the run's folder holds a checkpoint, a table of measurements and the
 # hyperparameters. Each file is written beside the old one and put in its place when it is whole, so
 # a run can be killed at any moment. If `run_folder` names a folder with a checkpoint, the run in it
-# is gone on with; any other folder must be new or empty.
+# is resumed; any other folder must be new or empty.
 #
 # The random numbers of an iteration depend on `seed`, its number and this process's, and on nothing
 # that happened before: so a run that was stopped ends with the same numbers as one that was not (on
@@ -837,13 +839,13 @@ def restore(checkpoint):
             f"run_folder is {run_folder!r}, but its checkpoint.pt does not fit these networks "
             f"({type(error).__name__})"
         ) from error
-    history.extend(checkpoint["history"])
+    history[:] = checkpoint["history"]
 
 
 def make_folder():
     """Make `folder`, if it is not there; a ValueError if nothing can be written to it."""
     try:
-        folder.mkdir(parents=True, exist_ok=bool(run_folder))
+        folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
@@ -964,10 +966,10 @@ seed_iteration(len(history))
 #   mean of ratio - 1 - log ratio, an estimate of the Kullback-Leibler divergence that cannot be
 #   negative. `clip_fraction` is the share of ratios that lie outside 1 ± clip_epsilon by then.
 # - `explained_variance` says how much of the value targets' variance the critic predicted *before*
-#   it learned from them: 1 - Var(A) / Var(target), at most 1, 0 for a critic that knows nothing,
-#   below 0 for one that is worse than that. The targets hold the critic's own estimates, so an
-#   untrained critic can score high: compare it over iterations, not between networks.
-#   `advantage_std` is the advantages' standard deviation before they are normalised.
+#   it learned from them: 1 - Var(A) / Var(target), at most 1, and 0 for a critic that always
+#   predicts the same number. The targets hold the critic's own estimates, so an untrained critic
+#   can score high: compare it over iterations, not between networks. `advantage_std` is the
+#   advantages' standard deviation before they are normalised.
 
 
 # %%
@@ -979,8 +981,8 @@ def measure(episodes):
 
     `episodes` is a TensorDict of the shape (num_envs, steps), as a batch or a rollout has it.
     "episode_reward" is summed over the steps and averaged over the agents; "success_rate", in other
-    scenarios "terminated_rate", is the share of episodes that ended before the time was up; a
-    collision is a step in which an agent touches another one, counted for each agent.
+    scenarios "terminated_rate", is the share of episodes that ended before the time was up;
+    "collisions" is the number of steps in which an agent touches another, averaged over the agents.
     """
     done = episodes["next", "done"].squeeze(-1)  # (num_envs, steps)
     dones_before = done.cumsum(dim=1) - done.int()
@@ -993,6 +995,7 @@ def measure(episodes):
         "episode_length": counted.sum(dim=1).float().mean().item(),
     }
     if scenario_name == "navigation":
+        # What VMAS calls "agent_collisions" is the penalty paid for them.
         penalty = episodes["next", "agents", "info", "agent_collisions"].squeeze(-1)
         touching = (penalty != 0).float().mean(dim=2)
         means["collisions"] = (touching * counted).sum(dim=1).mean().item()
@@ -1054,7 +1057,7 @@ for iteration in progress:
     row |= measure(batch) | measure_update(frames, minibatch_losses)
     row["seconds"] = time.perf_counter() - start
     history.append(row)
-    for function in after_iteration:
+    for function in reversed(after_iteration):  # so cell B, which added the first, comes last
         function(row)
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", share)})
 
@@ -1077,7 +1080,8 @@ def evaluate(policy):
         return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
 
 
-evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
+evaluation = {"iterations": len(history)}
+evaluation |= {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
 print(f"\n{evaluation_episodes} episodes, deterministic policy    untrained     trained")
 for key, value in evaluation["trained"].items():
     print(f"{key:<35}{evaluation['untrained'][key]:>12.3f}{value:>12.3f}")
@@ -1087,8 +1091,8 @@ for key, value in evaluation["trained"].items():
 #
 # ### This file against the papers
 # The core is theirs: a centralised critic for MAPPO and a local one for IPPO, shared weights, GAE,
-# clipping, several epochs on each batch, normalised advantages. These things Yu et al. (2022) do
-# differently, and who repeats their experiments should know them:
+# clipping, several epochs on each batch, normalised advantages. Among other things, Yu et al.
+# (2022) do the following differently, and who repeats their experiments should know it:
 #
 # - *What the critic sees.* In StarCraft they feed a global state of the environment to which each
 #   agent's own features are added, so that values differ between agents. Joined observations, as
@@ -1103,20 +1107,21 @@ for key, value in evaluation["trained"].items():
 #
 # Does a centralised critic help? In their experiments and in those of de Witt et al. (2020) IPPO is
 # often as good. The keyword of Section 4 suggests when: where each agent sees most of what its
-# return depends on, there is little left for a wider view to add. Another reason is a guess: with
-# many more frames, noise averages out.
+# return depends on, there is little left for a wider view to add. A further reason may be (it was
+# not tested here) that with many more frames the extra noise in IPPO's advantages averages out.
 #
 # ---
 # ## 8. Results
 # A run leaves its trained policy, which other programs can load, the evaluation and a picture of
 # how it learned. Now flip `mappo` in Section 1, run again (in a notebook: that cell, then from
-# Section 4 on), and compare; then give both several seeds, as one run says little.
+# Section 4 on), and compare. Then give both several seeds, as one run says little (another seed
+# needs everything from Section 2 on). README.md shows how another program uses policy.pt.
 
 # %%
 folder.mkdir(parents=True, exist_ok=True)
 arguments = {**network, "n_agent_outputs": 2 * n_actions, "centralized": False}
 arguments["share_params"] = share_parameters_policy
-state = policy[0].module[0].state_dict()  # of the MultiAgentMLP, the first step of Section 3
+state = policy[0].module[0].state_dict()  # of its MultiAgentMLP; policy_network is untrained
 torch.save({"network": arguments, **bounds, "state_dict": state}, folder / "policy.pt")
 (folder / "evaluation.json").write_text(json.dumps(evaluation, indent=2), encoding="utf-8")
 
@@ -1148,7 +1153,8 @@ def read_run(place):
         rows = list(csv.DictReader(file))
     table = {column: [float(row[column]) for row in rows] for column in ("frames", *drawn)}
     result = place / "evaluation.json"
-    trained = json.loads(result.read_text("utf-8"))["trained"] if result.exists() else {}
+    evaluated = json.loads(result.read_text("utf-8")) if result.exists() else {"iterations": 0}
+    trained = evaluated["trained"] if evaluated["iterations"] == len(rows) else {}  # not of before
     return {"mappo": settings["mappo"], "settings": settings, "table": table, "trained": trained}
 
 
@@ -1194,11 +1200,16 @@ if folder.resolve() in runs:  # not where cell B was left out
     curves.savefig(folder / "learning_curves.png", dpi=120)
 
 scene = make_env(1, evaluation_seed)
-pictures = []
+first = scene.reset()
 try:
+    pictures = [scene.render("rgb_array")]
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         scene.rollout(
-            max_steps, policy, callback=lambda *_: pictures.append(scene.render("rgb_array"))
+            max_steps,
+            policy,
+            callback=lambda *_: pictures.append(scene.render("rgb_array")),
+            auto_reset=False,
+            tensordict=first,
         )
     pictures.append(scene.render("rgb_array"))  # the last step, too
 except Exception as error:  # many kinds are possible, most often OpenGL is missing
@@ -1219,8 +1230,8 @@ else:
 # ---
 # ## Answers
 # 1. 30 epochs of 6000 / 400 = 15 minibatches are 450 gradient steps; each frame is used 30 times.
-# 2. Nothing but the reward of that step. It cannot see it: no observation holds the clock. So it
-#    would learn a mixture, and undervalue the situations in which episodes tend to run out.
+# 2. Only that step's reward. The critic cannot tell: no observation contains the time. So it would
+#    learn a mixture, and undervalue the situations in which episodes tend to run out.
 # 3. 71,684 = 18 × 256 + 256 + 256 × 256 + 256 + 256 × 4 + 4; without sharing three times as many,
 #    215,052.
 # 4. 8 × 18 = 144; under IPPO 18, as with any number of agents.

@@ -113,10 +113,37 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(finished, tmp_path):
     assert "Traceback" not in err
     said = err.splitlines()[-1]
     command = shlex.split(said.removeprefix("train_mappo.py: stopped; go on with: "))
-    assert command == ["python", str(SCRIPT), "--run-folder", str(folder)]
+    assert command == ["python", str(SCRIPT), *words]  # the same command once more
     assert len(rows(folder)) == 2
     finish(start(*command[2:], program=[command[1]]))
     assert_same(folder, finished[5])
+
+
+def test_ctrl_c_in_a_run_without_a_folder_of_its_own_names_it(tmp_path):
+    """The command that goes on then holds the folder that the run made for itself."""
+    words = options(n_iters=5)
+    _, err = finish(start_and_stop(1, "interrupt", *words, cwd=tmp_path), 130)
+    [folder] = (tmp_path / "runs").iterdir()
+    said = err.splitlines()[-1].removeprefix("train_mappo.py: stopped; go on with: ")
+    assert shlex.split(said)[-2:] == ["--run-folder", f"runs/{folder.name}"]
+    assert len(rows(folder)) == 1
+
+
+def test_what_is_done_after_an_iteration_does_not_change_the_run(finished, tmp_path):
+    """A reader's own function, even one that evaluates and so seeds the simulator anew."""
+    text = SCRIPT.read_text(encoding="utf-8")
+    loop = "progress = tqdm(range("
+    own = (
+        "after_iteration.append(lambda row: row.update(late=evaluate(policy)['episode_reward']))\n"
+    )
+    evaluate = "def evaluate(policy):" + text.partition("def evaluate(policy):")[2]
+    evaluate = evaluate.partition("\n\n\n")[0] + "\n\n\n"
+    (tmp_path / "changed.py").write_text(text.replace(loop, evaluate + own + loop), "utf-8")
+    folder = tmp_path / "run"
+    finish(start(*options(n_iters=3, run_folder=folder), program=[tmp_path / "changed.py"]))
+    found = rows(folder)
+    assert all(float(row.pop("late")) for row in found)
+    assert found == rows(finished[3])
 
 
 def test_ctrl_c_works_where_it_was_ignored_at_the_start(tmp_path):

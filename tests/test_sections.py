@@ -149,3 +149,14 @@ def test_a_notebook_goes_on_with_a_stopped_run(tmp_path):
     assert "1 of 2 iterations are done" in texts(shown, "stdout")
     assert len(load(tmp_path / "1")["history"]) == 2
     assert_same(tmp_path / "1", tmp_path / "2")
+
+
+def test_cells_may_be_run_twice(tmp_path):
+    """Each cell of Sections 1 to 5, and A and B, once more before going on: the run is as ever."""
+    sources = without("C")
+    twice = [source for source in sources[:-4] for _ in range(2)]
+    client = kernel(tmp_path)
+    with client.setup_kernel():
+        run_cells(client, [*twice, *sources[-4:]], run_folder=str(tmp_path / "run"))
+    finish(start(*options(run_folder=tmp_path / "once")))
+    assert_same(tmp_path / "run", tmp_path / "once")
