@@ -117,7 +117,7 @@ run_folder = ""  # where the results go; empty: a new folder below runs/
 # *Question 1. How many gradient steps does one iteration take, and how often is each frame used in
 # them? (Answers to all questions stand at the end of this file.)*
 #
-# *Bookkeeping for the cells A and B, which put a command line, checkpoints and many processes
+# *Bookkeeping for the cells A and B, which put a command line, lasting runs and many processes
 # around the method: run it, no need to read it. It notes the names above, and that this is process
 # 0 of 1.*
 
@@ -681,23 +681,24 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 # *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
 #
 # The results of a run go to a folder. Each iteration will add a row of measurements to `history`,
-# and call the functions in `after_iteration` with it: whatever is to happen between iterations,
-# from a plot to a checkpoint, goes there, and the loop stays as it is.
+# and call the functions in `after_iteration` with it: whatever is to happen between iterations, a
+# plot or an evaluation, say, goes there, and the loop stays as it is.
 
 # %%
 algorithm = "MAPPO" if mappo else "IPPO"
 name_of_run = f"{algorithm.lower()}-{scenario_name}-seed{seed}"
 folder = Path(run_folder or f"runs/{name_of_run}-{datetime.now():%Y%m%d-%H%M%S-%f}")
 history = []  # a dictionary of measurements for each finished iteration
-after_iteration = []  # functions that are called with the newest of them, last added first
+after_iteration = []  # functions that are called with the newest of them
 
 # %% [markdown]
 # ---
 # ## B. Runs that last (skip this on a first reading)
-# After each iteration the run's folder holds a checkpoint, a table of measurements and the
-# hyperparameters. Each file is written beside the old one and put in its place when it is whole, so
-# a run can be killed at any moment. If `run_folder` names a folder with a checkpoint, the run in it
-# is resumed; any other folder must be new or empty.
+# The first of the functions in `after_iteration`, and so the last to be called, is this cell's. It
+# leaves in the run's folder a checkpoint, a table of measurements and the hyperparameters. Each
+# file is written beside the old one and put in its place when it is whole, so a run can be killed
+# at any moment. If `run_folder` names a folder with a checkpoint, the run in it is resumed; any
+# other folder must be new or empty.
 #
 # The random numbers of an iteration depend on `seed`, its number and this process's, and on nothing
 # that happened before: so a run that was stopped ends with the same numbers as one that was not (on
@@ -1057,7 +1058,7 @@ for iteration in progress:
     row |= measure(batch) | measure_update(frames, minibatch_losses)
     row["seconds"] = time.perf_counter() - start
     history.append(row)
-    for function in reversed(after_iteration):  # so cell B, which added the first, comes last
+    for function in reversed(after_iteration):  # the last one added comes first
         function(row)
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", share)})
 
