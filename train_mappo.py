@@ -153,7 +153,9 @@ import warnings
 
 from torch import distributed as dist
 
-# Some scenarios set the number of agents themselves and warn of ours, which is then left alone.
+# VMAS only warns of keywords that a scenario does not know. Some scenarios set the number of agents
+# themselves and warn of ours, which is then left alone; of two filters the later one counts.
+warnings.filterwarnings("error", "Scenario kwargs")
 warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
 # Where agents do not fit into their world, VMAS warns and looks for a free place for ever.
 warnings.filterwarnings("error", "It is taking many iterations to spawn")
@@ -214,19 +216,14 @@ def check_hyperparameters(given=()):
     require(scenario_name in known, "scenario_name", "one of " + ", ".join(known))
     require(type(scenario_options) is dict, "scenario_options", "a dictionary")
     require("n_agents" not in scenario_options, "scenario_options", "without n_agents, set above")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", "Scenario kwargs")  # of keywords that it does not know
-        warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
-        options = {"n_agents": n_agents, **scenario_options}
-        try:
-            trial = VmasEnv(
-                scenario_name, num_envs=100, seed=0, device="cpu", scenario_kwargs=options
-            )
-        except Exception as error:
-            raise ValueError(
-                f"n_agents is {n_agents} and scenario_options is {scenario_options}, but must be "
-                f"fewer agents or options that {scenario_name} accepts; it says: {error}"
-            ) from error
+    options = {"n_agents": n_agents, **scenario_options}
+    try:
+        trial = VmasEnv(scenario_name, num_envs=100, seed=0, device="cpu", scenario_kwargs=options)
+    except Exception as error:
+        raise ValueError(
+            f"n_agents is {n_agents} and scenario_options is {scenario_options}, but must be "
+            f"fewer agents or options that {scenario_name} accepts; it says: {error}"
+        ) from error
     one_team = len(trial.group_map) == 1 and not trial.het_specs
     team = ", ".join(trial.agent_names)
     require(one_team, "scenario_name", f"a scenario with one team of alike agents, not {team}")

@@ -253,7 +253,7 @@ def with_tables(text):
 
 def draw_pairs(axes, name, column):
     """One column of an experiment: a mark for each run, a line between the two of a seed."""
-    for place, (options, _) in enumerate(TABLES[name].items()):
+    for place, options in enumerate(TABLES[name]):
         runs = {one: values(name, options, one, column) for one in ("MAPPO", "IPPO")}
         for ours, theirs in zip(runs["MAPPO"], runs["IPPO"], strict=True):
             axes.plot([place - 0.2, place + 0.2], [ours, theirs], color="lightgray", zorder=0)

@@ -2,9 +2,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = (
-    "1"  # read when torch is imported, here and in processes started here
-)
+# Read when torch is imported, here and in processes started here.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import csv
 import re
