@@ -36,7 +36,8 @@ README = STUDY / "README.md"
 RUN = ["experiment", "options", "algorithm", "seed"]
 EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
 CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
-COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES)]
+STOPS = [f"stops_{name}" for name in EVALUATION]  # the evaluation at each stop, where there are any
+COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES), *STOPS]
 DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
 BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
 COLOR = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}
@@ -45,6 +46,14 @@ MARKER = {"MAPPO": "o", "IPPO": "s"}
 EIGHT = "--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10 --num-cells 128"
 SHARED = """--scenario-options '{"collisions": false, "shared_rew": true}'"""
 OWN = """--scenario-options '{"collisions": false, "shared_rew": false}'"""
+
+SMALL = "--anneal-lr --lmbda 0.8 --num-cells 64 --gamma 0.95"
+RECIPES = {
+    "quick": f"{SMALL} --num-epochs 5 --lr 5e-3 --minibatch-size 600 --n-iters 11",
+    "thorough": f"{SMALL} --num-epochs 10 --lr 2e-3 --frames-per-batch 12000 "
+    "--minibatch-size 1200 --n-iters 12",
+}
+TEAMS = {f"{RECIPES['thorough']} --n-agents {number}": f"{number} robots" for number in (2, 4, 8)}
 
 
 def pairs(options, seeds=range(10)):
@@ -59,7 +68,12 @@ EXPERIMENTS = {
     "epochs": [*pairs("--num-epochs 5"), *pairs("--num-epochs 10")],
     "horizon": pairs("--gamma 0.9"),
     "policies": pairs("--no-share-parameters-policy"),
+    "recipes": [*pairs(RECIPES["quick"]), *pairs(RECIPES["thorough"])],
+    "teams": [run for options in TEAMS for run in pairs(options)],
+    "lasting": pairs("--n-iters 50"),
 }
+# Runs that are evaluated on their way: stopped after these iterations, and gone on with.
+STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5)}
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -68,36 +82,44 @@ TABLES = {
     "epochs": {"--num-epochs 5": "5 epochs", "--num-epochs 10": "10 epochs"},
     "horizon": {"--gamma 0.9": "gamma 0.9"},
     "policies": {"--no-share-parameters-policy": "separate policies"},
+    "recipes": {options: name for name, options in RECIPES.items()},
+    "teams": TEAMS,
 }
 
 
 # ------------------------------------------------------------------------------------------- runs
 
 
-def train(experiment, options, algorithm, seed):
-    """Do one run and return its row, a dictionary with the keys COLUMNS.
+def train(experiment, options, algorithm, seed, threads=1):
+    """Do one run on `threads` threads and return its row, a dictionary with the keys COLUMNS.
 
     Raises a RuntimeError if the run fails.
     """
     flag = "--mappo" if algorithm == "MAPPO" else "--no-mappo"
+    evaluations = []
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "run")
         given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
-        process = subprocess.run(
-            [sys.executable, str(SCRIPT), *shlex.split(options), *given],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        if process.returncode:
-            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-            raise RuntimeError(f"{options} {given}: exit status {process.returncode}: {reason}")
-        trained = json.loads((folder / "evaluation.json").read_text())["trained"]
+        command = [sys.executable, str(SCRIPT), *shlex.split(options), *given]
+        stops = [["--n-iters", str(number)] for number in STOPPED_AFTER.get(options, [])]
+        for stop in stops or [[]]:  # the same run each time, a little longer
+            process = subprocess.run(
+                [*command, *stop],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                capture_output=True,
+                text=True,
+            )
+            if process.returncode:
+                reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+                raise RuntimeError(f"{command}: exit status {process.returncode}: {reason}")
+            evaluations.append(json.loads((folder / "evaluation.json").read_text())["trained"])
         with open(folder / "metrics.csv", newline="") as file:
             rows = list(csv.DictReader(file))
     row = {"experiment": experiment, "options": options, "algorithm": algorithm, "seed": seed}
     for name in EVALUATION:
-        row[name] = f"{trained[name]:.4f}" if name in trained else ""
+        numbers = [f"{trained[name]:.4f}" for trained in evaluations if name in trained]
+        row[name] = numbers[-1] if numbers else ""
+        row[f"stops_{name}"] = " ".join(numbers) if stops else ""
     row["training_seconds"] = f"{sum(float(line['seconds']) for line in rows):.1f}"
     for name in CURVES:
         row[f"curve_{name}"] = " ".join(f"{float(line.get(name) or 'nan'):.4f}" for line in rows)

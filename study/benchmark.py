@@ -1,0 +1,235 @@
+"""What the recipes cost, and what limits the script's speed. Prints Markdown tables.
+
+    python study/benchmark.py            some fifteen minutes on two cores
+    python study/benchmark.py --quick    two minutes: one turn of each, and no 6000 environments
+
+The recipes run as `python train_mappo.py` in processes of their own, in turns with the defaults;
+what they took is in the metrics.csv that they leave. Everything else is measured in this process
+with the parts of the script themselves, under the names that the script gives them, after a run
+with the fewest possible epochs. Things that are compared take turns, so that a change of the
+machine's speed meets both; a ratio is the median over the turns, with the lowest and the highest.
+"""
+
+import argparse
+import contextlib
+import io
+import os
+import runpy
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+from study import RECIPES, SCRIPT, train
+from torch import nn
+
+
+def seconds(work):
+    """How long the function `work` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def take_turns(works, turns):
+    """Let the functions in the dictionary `works` take turns; return the seconds of each turn."""
+    for work in works.values():  # what happens only once is not counted
+        work()
+    rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(turns)]
+    return {name: [one[name] for one in rounds] for name in works}
+
+
+def ratio(these, those):
+    """The median of `these` over `those`, turn by turn, with the lowest and the highest."""
+    ratios = [this / that for this, that in zip(these, those, strict=True)]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def print_table(title, columns, rows):
+    """Print rows, lists of anything, as a Markdown table."""
+    print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
+    for row in rows:
+        print(f"| {' | '.join(map(str, row))} |", flush=True)
+
+
+def run_script(num_vmas_envs):
+    """Run the script with one short iteration of `num_vmas_envs` environments; return its names."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        sys.argv = [str(SCRIPT), "--device", "cpu", "--run-folder", f"{folder}/run"]
+        sys.argv += ["--frames-per-batch", str(100 * num_vmas_envs), "--n-iters", "1"]
+        sys.argv += ["--num-epochs", "1", "--evaluation-episodes", "1"]
+        return runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+# ------------------------------------------------------------------------------------ the recipes
+
+
+def benchmark_recipes(turns, algorithms):
+    """Whole trainings by the recipes, in mean iterations of a training with the defaults."""
+    threads = torch.get_num_threads()
+    works = {("three iterations with the defaults", "--n-iters 3", "MAPPO"): []}
+    for algorithm in algorithms:
+        works |= {(name, options, algorithm): [] for name, options in RECIPES.items()}
+    for turn in range(turns):
+        for (_, options, algorithm), taken in works.items():
+            row = train("benchmark", options, algorithm, turn, threads)
+            taken.append(float(row["training_seconds"]))
+    default = [taken / 3 for taken in next(iter(works.values()))]
+    print_table(
+        f"Whole trainings, {turns} turns",
+        ["", "algorithm", "seconds, median", "default iterations"],
+        [
+            [name, algorithm, f"{statistics.median(taken):.1f}", ratio(taken, default)]
+            for (name, _, algorithm), taken in works.items()
+        ],
+    )
+
+
+# ------------------------------------------------------------------------------------- the update
+
+
+class BareUpdate:
+    """MAPPO's update of the same weights on the same frames, in PyTorch alone.
+
+    It stands for what could be had without TensorDict and TorchRL's loss. `names` are the script's.
+    """
+
+    def __init__(self, names):
+        frames = names["frames"]
+        keys = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
+        self.tensors = [frames[key].clone() for key in [*keys, "advantage", "value_target"]]
+        self.names = names
+        self.policy = self.copy(names["policy"][0].module[0])
+        self.critic = self.copy(names["critic_network"])
+        self.parameters = [*self.policy.parameters(), *self.critic.parameters()]
+        self.optimizer = torch.optim.Adam(self.parameters, lr=names["lr"], fused=True)
+
+    @staticmethod
+    def copy(network):
+        """The weights of a MultiAgentMLP in a plain stack of linear layers and tanh."""
+        weights = [value for name, value in network.named_parameters() if name.endswith("weight")]
+        biases = [value for name, value in network.named_parameters() if name.endswith("bias")]
+        layers = []
+        for weight, bias in zip(weights, biases, strict=True):
+            layers += [nn.Linear(*reversed(weight.shape)), nn.Tanh()]
+            layers[-2].load_state_dict({"weight": weight, "bias": bias})
+        return nn.Sequential(*layers[:-1])
+
+    def normal(self, observation):
+        """The normal distribution that is squashed by a tanh to draw an action."""
+        loc, scale = self.policy(observation).chunk(2, dim=-1)
+        scale = nn.functional.softplus(scale + 0.5254586)  # so biased, 0 becomes 1
+        return torch.distributions.Normal(loc, scale.clamp_min(1e-4), validate_args=False)
+
+    @staticmethod
+    def log_prob(normal, before_tanh):
+        """The logarithm of the density of tanh(before_tanh), summed over the action's numbers."""
+        slope = 2 * (0.6931472 - before_tanh - nn.functional.softplus(-2 * before_tanh))
+        return (normal.log_prob(before_tanh) - slope).sum(dim=-1)
+
+    def loss(self, observation, action, old_log_prob, advantage, value_target):
+        """Minus the objective, the value loss and the entropy bonus, each with its weight."""
+        clip_epsilon = self.names["clip_epsilon"]
+        deviation, mean = torch.std_mean(advantage, dim=0)
+        advantage = (advantage - mean) / deviation
+        normal = self.normal(observation)
+        log_prob = self.log_prob(normal, action.clamp(-1 + 1e-6, 1 - 1e-6).atanh())
+        ratio = (log_prob - old_log_prob).exp().unsqueeze(-1)
+        clipped = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+        objective = torch.min(ratio * advantage, clipped * advantage).mean()
+        entropy = -self.log_prob(normal, normal.rsample()).mean()
+        value = self.critic(observation.flatten(1)).unsqueeze(1).expand_as(value_target)
+        value_loss = nn.functional.smooth_l1_loss(value, value_target)
+        bonus = self.names["entropy_eps"] * entropy
+        return self.names["critic_coeff"] * value_loss - objective - bonus
+
+    def epoch(self):
+        """One pass over the frames, in minibatches without replacement."""
+        order = torch.randperm(len(self.tensors[0]))
+        for rows in order.split(self.names["minibatch_size"]):
+            loss = self.loss(*(tensor[rows] for tensor in self.tensors))
+            self.optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.parameters, self.names["max_grad_norm"])
+            self.optimizer.step()
+
+    def check(self):
+        """Raise an AssertionError unless its gradients are the script's, up to rounding.
+
+        Both sample the entropy, whose weight is small: its noise is far below the tolerance.
+        """
+        size = self.names["minibatch_size"]
+        losses = self.names["loss_module"](self.names["frames"][:size])
+        self.names["loss_module"].zero_grad()
+        (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
+        self.loss(*(tensor[:size] for tensor in self.tensors)).backward()
+        theirs = [*self.names["policy"].parameters(), *self.names["critic"].parameters()]
+        for ours, parameter in zip(self.parameters, theirs, strict=True):
+            torch.testing.assert_close(ours.grad, parameter.grad, rtol=1e-2, atol=1e-3)
+
+
+def benchmark_update(names, turns):
+    """An epoch with the script's replay buffer, loss and optimizer against a bare one."""
+    bare = BareUpdate(names)
+    bare.check()
+    loss_module, optimizer = names["loss_module"], names["optimizer"]
+
+    def epoch():
+        for minibatch in names["replay_buffer"]:
+            losses = loss_module(minibatch)
+            loss = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(loss_module.parameters(), names["max_grad_norm"])
+            optimizer.step()
+
+    taken = take_turns({"train_mappo.py": epoch, "bare PyTorch": bare.epoch}, turns)
+    steps = names["frames_per_batch"] // names["minibatch_size"]
+    print_table(
+        f"A gradient step on 400 frames, {turns} turns",
+        ["", "milliseconds, median", "times the bare one"],
+        [
+            [name, f"{1000 * statistics.median(times) / steps:.2f}", ratio(times, bare_times)]
+            for name, times in taken.items()
+            for bare_times in [taken["bare PyTorch"]]
+        ],
+    )
+
+
+# --------------------------------------------------------------------------------- the collection
+
+
+def benchmark_collection(turns):
+    """The script's collector against the simulator alone; `turns` by the number of environments."""
+    rows = []
+    for num_vmas_envs, number in turns.items():
+        names = run_script(num_vmas_envs)
+        simulator = names["make_env"](num_vmas_envs, 0).base_env._env  # the environment of VMAS
+
+        def step_alone(simulator=simulator, steps=names["max_steps"]):
+            simulator.reset()
+            for _ in range(steps):
+                simulator.step(simulator.get_random_actions())
+
+        works = {"script": names["collector"].next, "alone": step_alone}
+        taken = take_turns(works, number)
+        frames = names["frames_per_batch"]
+        speed = {name: f"{frames / statistics.median(times):,.0f}" for name, times in taken.items()}
+        slower = ratio(taken["script"], taken["alone"])
+        rows.append([num_vmas_envs, speed["script"], speed["alone"], slower])
+        names["collector"].shutdown()
+    columns = ["environments", "frames per second", "VMAS alone, random actions", "times as long"]
+    print_table("Collection", columns, rows)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one turn, and no 6000 environments")
+    quick = parser.parse_args().quick
+    print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}")
+    benchmark_recipes(1 if quick else 5, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
+    benchmark_update(run_script(60), 5 if quick else 20)
+    benchmark_collection({60: 3, 600: 3} if quick else {60: 9, 600: 5, 6000: 3})
