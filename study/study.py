@@ -50,7 +50,7 @@ OWN = """--scenario-options '{"collisions": false, "shared_rew": false}'"""
 SMALL = "--anneal-lr --lmbda 0.8 --num-cells 64 --gamma 0.95"
 RECIPES = {
     "quick": f"{SMALL} --num-epochs 5 --lr 5e-3 --minibatch-size 600 --n-iters 11",
-    "thorough": f"{SMALL} --num-epochs 10 --lr 2e-3 --frames-per-batch 12000 "
+    "thorough": f"{SMALL} --num-epochs 8 --lr 2e-3 --frames-per-batch 12000 "
     "--minibatch-size 1200 --n-iters 12",
 }
 TEAMS = {f"{RECIPES['thorough']} --n-agents {number}": f"{number} robots" for number in (2, 4, 8)}
