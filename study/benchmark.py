@@ -1,6 +1,6 @@
 """What the recipes cost, and what limits the script's speed. Prints Markdown tables.
 
-    python study/benchmark.py            some fifteen minutes on two cores
+    python study/benchmark.py            some eight minutes on two cores
     python study/benchmark.py --quick    two minutes: one turn of each, and no 6000 environments
 
 The recipes run as `python train_mappo.py` in processes of their own, in turns with the defaults;
@@ -234,6 +234,6 @@ if __name__ == "__main__":
     parser.add_argument("--quick", action="store_true", help="one turn, and no 6000 environments")
     quick = parser.parse_args().quick
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}")
-    benchmark_recipes(1 if quick else 5, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
+    benchmark_recipes(1 if quick else 3, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
     benchmark_update(run_script(60), 5 if quick else 20)
     benchmark_collection({60: 3, 600: 3} if quick else {60: 9, 600: 5, 6000: 3})

@@ -69,6 +69,7 @@ EXPERIMENTS = {
     "horizon": pairs("--gamma 0.9"),
     "policies": pairs("--no-share-parameters-policy"),
     "recipes": [*pairs(RECIPES["quick"]), *pairs(RECIPES["thorough"])],
+    "rejected": pairs(RECIPES["thorough"].replace("epochs 8", "epochs 10")),
     "teams": [run for options in TEAMS for run in pairs(options)],
     "lasting": pairs("--n-iters 50"),
 }
@@ -289,19 +290,22 @@ def draw_pairs(axes, name, column):
     axes.grid(axis="y", alpha=0.3)
 
 
-def draw_payment():
-    """Who wins when the team is paid, and who when each robot is: study/payment.png."""
+def draw_comparison(name, what, steps):
+    """An experiment's success rate and steps, as study/NAME.png.
+
+    `what` says what its options are; `steps` are the limits of the axis of the steps.
+    """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    draw_pairs(left, "payment", "success_rate")
+    draw_pairs(left, name, "success_rate")
     left.set(ylabel="success rate", ylim=(-0.03, 1.05))
-    draw_pairs(right, "payment", "episode_length")
-    right.set(ylabel="steps until all are at their goals", ylim=(40, 100))
+    draw_pairs(right, name, "episode_length")
+    right.set(ylabel="steps until all are at their goals", ylim=steps)
     for axes in (left, right):
-        axes.set_xlabel("what each of 8 robots is paid for")
+        axes.set_xlabel(what)
     handles, labels = left.get_legend_handles_labels()
     left.legend(handles[:2], labels[:2], loc="lower right")
-    figure.savefig(STUDY / "payment.png", dpi=120)
+    figure.savefig(STUDY / f"{name}.png", dpi=120)
 
 
 def draw_flag():
@@ -338,7 +342,9 @@ if __name__ == "__main__":
         sys.exit(1 if run_missing(arguments.experiments or list(EXPERIMENTS)) else 0)
     if arguments.command == "report":
         README.write_text(with_tables(README.read_text("utf-8")), encoding="utf-8")
-        draw_payment()
+        draw_comparison("payment", "what each of 8 robots is paid for", (40, 100))
+        draw_comparison("recipes", "recipe", (40, 100))
+        draw_comparison("teams", "size of the team, thorough recipe", (30, 100))
         draw_flag()
     if arguments.command == "coverage":
         for column in EVALUATION:

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+
 from cells import read_cells, without
 from conftest import SCRIPT, assert_same, finish, load, options, rows, start
 

@@ -12,6 +12,7 @@ import signal
 
 import pytest
 import torch
+
 from conftest import (
     SCRIPT,
     assert_same,

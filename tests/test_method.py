@@ -5,10 +5,11 @@ import math
 
 import pytest
 import torch
-from conftest import load, options, run_inside
 from tensordict import TensorDict
 from torch.nn.functional import smooth_l1_loss
 from torchrl.envs import ExplorationType, set_exploration_type
+
+from conftest import load, options, run_inside
 
 
 def dependence(script, module, key):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+
 from conftest import SCRIPT, assert_same, finish, load, options, rows, start
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)

@@ -3,9 +3,10 @@
 import re
 
 import torch
-from conftest import REPOSITORY, SCRIPT
 from tensordict import TensorDict
 from torchrl.envs import ExplorationType, set_exploration_type
+
+from conftest import REPOSITORY, SCRIPT
 
 LOWEST = "3.10"
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

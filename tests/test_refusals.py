@@ -13,9 +13,10 @@ from contextlib import suppress
 
 import pytest
 import torch
+from torchrl.envs import VmasEnv
+
 from cells import read_cells, with_values, without
 from conftest import CPU, SCRIPT, TINY, contents, finish, load, options, start
-from torchrl.envs import VmasEnv
 
 REFUSE_ALL = """
 import contextlib, io, json, runpy, sys, warnings

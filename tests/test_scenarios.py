@@ -13,8 +13,9 @@ from multiprocessing import get_context
 
 import matplotlib.pyplot as plt
 import pytest
-from conftest import BAR, SCRIPT, options
 from torchrl.envs import VmasEnv
+
+from conftest import BAR, SCRIPT, options
 
 # Teams that play against each other, or agents that observe or steer differently from their team
 # mates.

@@ -7,9 +7,10 @@ import jupytext
 import nbformat
 import pytest
 import torch
+from nbclient import NotebookClient
+
 from cells import read_cells, with_values, without
 from conftest import BAR, SCRIPT, TINY, assert_same, finish, load, options, rows, start
-from nbclient import NotebookClient
 
 
 def kernel(folder):

@@ -4,8 +4,9 @@ import json
 import re
 
 import pytest
-from conftest import BAR, TINY, finish, options, rows, start
 from PIL import Image
+
+from conftest import BAR, TINY, finish, options, rows, start
 
 FILES = {
     "checkpoint.pt",

@@ -4,10 +4,12 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, SCRIPT
 from scipy import stats
 
+from conftest import REPOSITORY, SCRIPT
+
 sys.path.insert(0, str(REPOSITORY / "study"))
+import benchmark  # noqa: E402
 import study  # noqa: E402
 
 
@@ -45,6 +47,47 @@ def test_the_lesson_of_section_4_has_its_rows():
         (ours, our_worst), (theirs, their_worst) = cells
         assert f"| {ours} (worst run {our_worst}) | {theirs} (worst {their_worst}) |" in line
         assert f"| {steps[0].mean():.1f} | {steps[1].mean():.1f} |" in line
+
+
+def test_the_recipes_are_the_printed_commands_and_have_their_rows():
+    """Both recipes in the study's README, the quick one with its numbers on the first page."""
+    page = (REPOSITORY / "README.md").read_text("utf-8")
+    for recipe in study.RECIPES.values():
+        assert f"python train_mappo.py {recipe}\n" in study.README.read_text("utf-8")
+    quick = study.RECIPES["quick"]
+    assert f"`python train_mappo.py {quick}`" in page
+    ours, theirs = (
+        study.values("recipes", quick, one, "success_rate") for one in ("MAPPO", "IPPO")
+    )
+    assert f"reaches {ours.mean():.2f} (worst of ten runs {ours.min():.2f})" in page
+    assert f"({theirs.mean():.2f}, worst {theirs.min():.2f})" in page
+
+
+def test_a_run_is_evaluated_at_each_stop_and_goes_on(monkeypatch):
+    """As often as it is stopped; the last evaluation is that of the run."""
+    options = "--max-steps 5 --frames-per-batch 20 --minibatch-size 10 --num-epochs 1"
+    options += " --num-cells 8 --evaluation-episodes 3"
+    monkeypatch.setitem(study.STOPPED_AFTER, options, [1, 3])
+    row = study.train("a test", options, "IPPO", 0)
+    assert len(row["curve_kl_approx"].split()) == 3
+    for name in study.EVALUATION:
+        stops = row[f"stops_{name}"].split()
+        assert len(stops) == 2
+        assert stops[-1] == row[name]
+    assert set(row) == set(study.COLUMNS)
+
+
+# Outside of tests, Python does not show this warning of a library to a library.
+@pytest.mark.filterwarnings("ignore:Creating .*Updater:DeprecationWarning")
+def test_the_benchmark_compares_with_the_same_gradients(monkeypatch):
+    """Its update in bare PyTorch is that of the script, or its check would raise."""
+    monkeypatch.setattr(sys, "argv", sys.argv)  # which it changes
+    bare = benchmark.BareUpdate(benchmark.run_script(4))
+    bare.check()
+    bare.names["clip_epsilon"] = 1e-3
+    bare.names["critic_coeff"] = 2.0
+    with pytest.raises(AssertionError):
+        bare.check()
 
 
 def test_the_interval_is_that_of_a_paired_test():
