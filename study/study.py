@@ -36,8 +36,10 @@ README = STUDY / "README.md"
 RUN = ["experiment", "options", "algorithm", "seed"]
 EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
 CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
+ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]  # see CHANGES
 STOPS = [f"stops_{name}" for name in EVALUATION]  # the evaluation at each stop, where there are any
 COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES), *STOPS]
+COLUMNS += [f"curve_{name}" for name in ARRIVALS]
 DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
 BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
 COLOR = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}
@@ -54,6 +56,50 @@ RECIPES = {
     "--minibatch-size 1200 --n-iters 12",
 }
 TEAMS = {f"{RECIPES['thorough']} --n-agents {number}": f"{number} robots" for number in (2, 4, 8)}
+
+# With --no-share-parameters-policy alone, MAPPO's ten runs are those of "policies".
+SHARING = {
+    "--no-share-parameters-critic": "separate critics",
+    "--no-share-parameters-policy --no-share-parameters-critic": "separate policies and critics",
+    "--no-share-parameters-policy --n-iters 30": "separate policies, 30 iterations",
+}
+
+# A few runs are of the script with a piece of its text replaced. The comment at the end of their
+# options says which: a shell does not read it, and a row of results.csv shows it.
+MEASURED = "arrivals measured"
+NO_ENDS = "arrivals do not end an episode"
+CHANGES = {
+    # What happens in the step in which the last robot arrives: the critic's value before it, the
+    # reward of it, and its advantage in standard deviations, means over robots and arrivals.
+    MEASURED: (
+        """
+    row["seconds"] = """,
+        """
+    ended = batch["next", "terminated"].squeeze(-1)
+    row["value_at_arrival"] = batch["agents", "state_value"][ended].mean().item()
+    row["reward_at_arrival"] = batch["next", "agents", "reward"][ended].mean().item()
+    row["advantage_at_arrival"] = batch["advantage"][ended].mean().item() / row["advantage_std"]
+    row["seconds"] = """,
+    ),
+    # The advantage of an arrival is estimated as if more could be earned after it: the critic's
+    # value of the state in which all robots are at their goals stands where a 0 did.
+    NO_ENDS: (
+        """
+    estimate_advantages(batch) """,
+        """
+    terminated = batch["next", "terminated"].clone()
+    batch["next", "terminated"].zero_()
+    estimate_advantages(batch)
+    batch["next", "terminated"].copy_(terminated) """,
+    ),
+}
+
+# Why IPPO falls apart after ten iterations: each of these takes one cause away.
+ENDS = {
+    f"--n-iters 15 # {NO_ENDS}": "arrivals do not end an episode",
+    """--n-iters 15 --scenario-options '{"shared_rew": false}'""": "each robot paid for itself",
+    "--gamma 0.9 --n-iters 20": "gamma 0.9",
+}
 
 
 def pairs(options, seeds=range(10)):
@@ -72,9 +118,12 @@ EXPERIMENTS = {
     "rejected": pairs(RECIPES["thorough"].replace("epochs 8", "epochs 10")),
     "teams": [run for options in TEAMS for run in pairs(options)],
     "lasting": pairs("--n-iters 50"),
+    "arrivals": pairs(f"--n-iters 10 # {MEASURED}"),
+    "ends": [(options, "IPPO", seed) for options in ENDS for seed in range(10)],
+    "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
-STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5)}
+STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), "--gamma 0.9 --n-iters 20": (15, 20)}
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -91,6 +140,20 @@ TABLES = {
 # ------------------------------------------------------------------------------------------- runs
 
 
+def script_for(options, folder):
+    """The script that `options` ask for: the project's, or a changed copy of it in `folder`."""
+    change = options.partition("# ")[2]
+    if not change:
+        return SCRIPT
+    old, new = CHANGES[change]
+    text = SCRIPT.read_text("utf-8")
+    if text.count(old) != 1:
+        raise RuntimeError(f"{change}: {SCRIPT.name} must hold the text to be replaced once: {old}")
+    changed = Path(folder, SCRIPT.name)
+    changed.write_text(text.replace(old, new), encoding="utf-8")
+    return changed
+
+
 def train(experiment, options, algorithm, seed, threads=1):
     """Do one run on `threads` threads and return its row, a dictionary with the keys COLUMNS.
 
@@ -101,7 +164,8 @@ def train(experiment, options, algorithm, seed, threads=1):
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, "run")
         given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
-        command = [sys.executable, str(SCRIPT), *shlex.split(options), *given]
+        script = script_for(options, parent)
+        command = [sys.executable, str(script), *shlex.split(options, comments=True), *given]
         stops = [["--n-iters", str(number)] for number in STOPPED_AFTER.get(options, [])]
         for stop in stops or [[]]:  # the same run each time, a little longer
             process = subprocess.run(
@@ -122,8 +186,9 @@ def train(experiment, options, algorithm, seed, threads=1):
         row[name] = numbers[-1] if numbers else ""
         row[f"stops_{name}"] = " ".join(numbers) if stops else ""
     row["training_seconds"] = f"{sum(float(line['seconds']) for line in rows):.1f}"
-    for name in CURVES:
-        row[f"curve_{name}"] = " ".join(f"{float(line.get(name) or 'nan'):.4f}" for line in rows)
+    for name in [*CURVES, *ARRIVALS]:
+        numbers = [f"{float(line[name] or 'nan'):.4f}" for line in rows if name in line]
+        row[f"curve_{name}"] = " ".join(numbers)
     return row
 
 
