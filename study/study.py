@@ -247,7 +247,24 @@ def values(name, options, algorithm, column):
             found[int(row["seed"])] = [float(number) for number in row[column].split()]
     seeds = sorted({seed for its_options, _, seed in EXPERIMENTS[name] if its_options == options})
     curves = np.array([found[seed] for seed in seeds if seed in found])
-    return curves if column.startswith("curve_") else curves[:, 0]
+    return curves if column.startswith(("curve_", "stops_")) else curves[:, 0]
+
+
+def at_stop(name, options, algorithm, iterations):
+    """The evaluations of runs that were stopped on their way, after so many iterations.
+
+    A dictionary with the keys EVALUATION, one number for each seed, as `values` gives them.
+    """
+    place = list(STOPPED_AFTER[options]).index(iterations)
+    return {
+        column: values(name, options, algorithm, f"stops_{column}")[:, place]
+        for column in EVALUATION
+    }
+
+
+def at_end(name, options, algorithm):
+    """The evaluations after the last iteration, like `at_stop`."""
+    return {column: values(name, options, algorithm, column) for column in EVALUATION}
 
 
 def interval(differences):
@@ -271,6 +288,29 @@ def coverage(population, draws=20_000, n=10):
     return (np.abs(samples.mean(axis=1) - population.mean()) <= width + 1e-12).mean()
 
 
+def mean_and_worst(runs, column):
+    """Such as `0.953 (worst 0.920)`."""
+    worst = runs.min() if BETTER[column] == 1 else runs.max()
+    return f"{runs.mean():.{DIGITS[column]}f} (worst {worst:.{DIGITS[column]}f})"
+
+
+def difference(ours, theirs, digits):
+    """The mean of the paired differences and its interval, such as `+0.08 [+0.02, +0.14]`."""
+    low, high = interval(ours - theirs)
+    return f"{(ours - theirs).mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+
+
+def probability_better(ours, theirs, column):
+    """The probability that one of our runs does better in this column than one of theirs."""
+    sign = BETTER[column]
+    return f"{probability_of_improvement(sign * ours, sign * theirs):.2f}"
+
+
+def line_of(*cells):
+    """A line of a Markdown table."""
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
 def table(name):
     """An experiment as a Markdown table: for each algorithm the mean and the worst run.
 
@@ -282,30 +322,111 @@ def table(name):
         "|---|---|---|---|---|---|---|",
     ]
     for options, label in TABLES[name].items():
-        found = {
-            algorithm: {column: values(name, options, algorithm, column) for column in EVALUATION}
-            for algorithm in ("MAPPO", "IPPO")
-        }
-        for algorithm, columns in found.items():
-            cells = []
-            for column, runs in columns.items():
-                worst = runs.min() if BETTER[column] == 1 else runs.max()
-                digits = DIGITS[column]
-                cells.append(f"{runs.mean():.{digits}f} (worst {worst:.{digits}f})")
-            count = len(columns["success_rate"])
-            lines.append(f"| {label} | {algorithm} | {count} | {' | '.join(cells)} |")
-        differences, probabilities = [], []
-        for column in EVALUATION:
-            ours, theirs = found["MAPPO"][column], found["IPPO"][column]
-            low, high = interval(ours - theirs)
-            digits = DIGITS[column]
-            mean = (ours - theirs).mean()
-            differences.append(f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]")
-            sign = BETTER[column]
-            probabilities.append(f"{probability_of_improvement(sign * ours, sign * theirs):.2f}")
-        lines.append(f"| {label} | difference | {count} pairs | {' | '.join(differences)} |")
-        lines.append(f"| {label} | P(MAPPO better) | | {' | '.join(probabilities)} |")
+        ours, theirs = (at_end(name, options, algorithm) for algorithm in ("MAPPO", "IPPO"))
+        for algorithm, found in (("MAPPO", ours), ("IPPO", theirs)):
+            cells = [mean_and_worst(found[column], column) for column in EVALUATION]
+            lines.append(line_of(label, algorithm, len(found["success_rate"]), *cells))
+        cells = [difference(ours[one], theirs[one], DIGITS[one]) for one in EVALUATION]
+        lines.append(line_of(label, "difference", f"{len(ours['success_rate'])} pairs", *cells))
+        cells = [probability_better(ours[one], theirs[one], one) for one in EVALUATION]
+        lines.append(f"| {label} | P(MAPPO better) | | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def lasting():
+    """A Markdown table of the long runs: success and reward of both algorithms at their stops."""
+    head = ["MAPPO", "IPPO", "difference", "P(MAPPO better)"]
+    lines = [
+        line_of("iterations", *(f"success: {head[0]}", *head[1:]), f"reward: {head[0]}", *head[1:]),
+        line_of(*["---"] * 9),
+    ]
+    for iterations in (5, 10, 15, 20, 30, 40, 50):
+        ours, theirs = (
+            at_stop("lasting", "--n-iters 50", algorithm, iterations)
+            for algorithm in ("MAPPO", "IPPO")
+        )
+        cells = []
+        for column in ("success_rate", "episode_reward"):
+            cells += [mean_and_worst(found[column], column) for found in (ours, theirs)]
+            cells.append(difference(ours[column], theirs[column], DIGITS[column]))
+            cells.append(probability_better(ours[column], theirs[column], column))
+        lines.append(line_of(iterations, *cells))
+    return "\n".join(lines)
+
+
+def arrivals():
+    """A Markdown table of the step in which the last robot arrives, in a run's last batch."""
+    options = f"--n-iters 10 # {MEASURED}"
+    labels = ["value before it", "reward of it", "advantage of it, in standard deviations"]
+    lines = [
+        line_of(
+            "in the step of the last arrival", "MAPPO", "IPPO", "difference", "P(MAPPO higher)"
+        ),
+        line_of(*["---"] * 5),
+    ]
+    for column, label in zip(ARRIVALS, labels, strict=True):
+        ours, theirs = (
+            values("arrivals", options, algorithm, f"curve_{column}")[:, -1]
+            for algorithm in ("MAPPO", "IPPO")
+        )
+        cells = [
+            f"{runs.mean():.2f} ({runs.min():.2f} to {runs.max():.2f})" for runs in (ours, theirs)
+        ]
+        probability = f"{probability_of_improvement(ours, theirs):.2f}"
+        lines.append(line_of(label, *cells, difference(ours, theirs, 2), probability))
+    return "\n".join(lines)
+
+
+def against_the_first(variants):
+    """Lines of a Markdown table: variants of a run, and their difference to the first of them.
+
+    `variants` are pairs of a label and evaluations as `at_end` gives them.
+    """
+    lines = []
+    reference = variants[0][1]["success_rate"]
+    for label, found in variants:
+        cells = [mean_and_worst(found[column], column) for column in EVALUATION]
+        success = found["success_rate"]
+        compared = ["", ""]
+        if success is not reference:
+            compared = [difference(success, reference, 3)]
+            compared.append(probability_better(success, reference, "success_rate"))
+        lines.append(line_of(label, len(success), *cells, *compared))
+    return lines
+
+
+AGAINST_THE_FIRST = [
+    "| | runs | success rate | reward per agent | steps | collisions | success: difference to "
+    "the default | P(better) |",
+    line_of(*["---"] * 8),
+]
+
+
+def ends():
+    """A Markdown table of IPPO after 15 and 20 iterations, with one cause or another taken away."""
+    unended, own, hurry = ENDS
+    first = [
+        ("default, 15 iterations", at_stop("lasting", "--n-iters 50", "IPPO", 15)),
+        (f"{ENDS[unended]}, 15", at_end("ends", unended, "IPPO")),
+        (f"{ENDS[own]}, 15", at_end("ends", own, "IPPO")),
+        (f"{ENDS[hurry]}, 15", at_stop("ends", hurry, "IPPO", 15)),
+    ]
+    second = [
+        ("default, 20 iterations", at_stop("lasting", "--n-iters 50", "IPPO", 20)),
+        (f"{ENDS[hurry]}, 20", at_stop("ends", hurry, "IPPO", 20)),
+    ]
+    lines = AGAINST_THE_FIRST + against_the_first(first) + against_the_first(second)
+    return "\n".join(lines)
+
+
+def sharing():
+    """A Markdown table of MAPPO with networks that are shared, or are not."""
+    variants = [("both shared, the default", at_end("flag", "", "MAPPO"))]
+    separate = "--no-share-parameters-policy"
+    variants.append(("separate policies", at_end("policies", separate, "MAPPO")))
+    for options, label in SHARING.items():
+        variants.append((label, at_end("sharing", options, "MAPPO")))
+    return "\n".join(AGAINST_THE_FIRST + against_the_first(variants))
 
 
 def critics(name):
@@ -329,9 +450,15 @@ def with_tables(text):
     """A README's text with the tables between <!-- table:NAME --> and <!-- /table --> made anew."""
 
     def made(found):
-        kind, _, name = found[1].rpartition("-")
-        made_table = critics(name) if kind == "critics" else table(name)
-        return f"<!-- table:{found[1]} -->\n{made_table}\n<!-- /table -->"
+        name = found[1]
+        if name in TABLES:
+            made_table = table(name)
+        elif name.startswith("critics-"):
+            made_table = critics(name.removeprefix("critics-"))
+        else:
+            others = {"lasting": lasting, "arrivals": arrivals, "ends": ends, "sharing": sharing}
+            made_table = others[name]()
+        return f"<!-- table:{name} -->\n{made_table}\n<!-- /table -->"
 
     return re.sub(r"<!-- table:([\w-]+) -->.*?<!-- /table -->", made, text, flags=re.DOTALL)
 
@@ -393,6 +520,27 @@ def draw_flag():
     figure.savefig(STUDY / "flag.png", dpi=120)
 
 
+def draw_lasting():
+    """Success rate and reward at the stops of the long runs: study/lasting.png."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    iterations = STOPPED_AFTER["--n-iters 50"]
+    for axes, column in ((left, "success_rate"), (right, "episode_reward")):
+        for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
+            runs = values("lasting", "--n-iters 50", algorithm, f"stops_{column}")
+            color, marker = COLOR[algorithm], MARKER[algorithm]
+            axes.plot(iterations, runs.T, line, color=color, linewidth=0.6, alpha=0.5)
+            label = f"{algorithm}, mean of {len(runs)} runs"
+            style = {"color": color, "linewidth": 2.5, "marker": marker, "label": label}
+            axes.plot(iterations, runs.mean(axis=0), line, **style)
+        axes.axvline(10, color="gray", linestyle=":", zorder=0)
+        axes.set_xlabel("iterations of 6000 frames (dotted: a default run)")
+    left.set(ylabel="success rate, deterministic policy", ylim=(-0.03, 1.03))
+    right.set(ylabel="reward per agent", ylim=(0, 3.4))
+    left.legend(loc="center right")
+    figure.savefig(STUDY / "lasting.png", dpi=120)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -411,6 +559,7 @@ if __name__ == "__main__":
         draw_comparison("recipes", "recipe", (40, 100))
         draw_comparison("teams", "size of the team, thorough recipe", (30, 100))
         draw_flag()
+        draw_lasting()
     if arguments.command == "coverage":
         for column in EVALUATION:
             both = [
