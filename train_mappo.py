@@ -80,7 +80,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO, it reports ea
 # mean is said where they are used.
 
 # %%
-mappo = True  # the critic sees the whole team (MAPPO); False: it sees one agent (IPPO)
+mappo = True  # the critic sees what all agents observe (MAPPO); False: what one does (IPPO)
 seed = 0  # random seed of the networks, the simulator and the sampling
 device = "cuda" if torch.cuda.is_available() else "cpu"  # simulation and training run there
 
@@ -117,9 +117,9 @@ run_folder = ""  # where the results go; empty: a new folder below runs/
 # *Question 1. How many gradient steps does one iteration take, and how often is each frame used in
 # them? (Answers to all questions stand at the end of this file.)*
 #
-# *Bookkeeping for the cells A and B, which put a command line, lasting runs and many processes
-# around the method: run it, no need to read it. It notes the names above, and that this is process
-# 0 of 1.*
+# *The next cell is of no interest to the method: run it, no need to read it. It notes the names
+# above for the cells A and B, which put a command line, lasting runs and many processes around the
+# method, and that this is process 0 of 1.*
 
 # %%
 kinds = (bool, int, float, str, list, dict)
@@ -130,7 +130,7 @@ rank, world_size = 0, 1
 
 # %% [markdown]
 # ---
-# ## A. From a shell (skip this on a first reading)
+# ## A. From a shell (skip this on a first reading: go on at Section 2)
 # Every name of Section 1 is an option: `n_iters` is `--n-iters`, `mappo` is `--mappo` or
 # `--no-mappo`, and lists and dictionaries are written as JSON. Values that cannot work are refused
 # before anything is trained, in a notebook by a ValueError. If `run_folder` holds a run, it is
@@ -389,21 +389,25 @@ def seed_for(*purpose):
 
 def make_env(num_envs, seed):
     """Build the scenario as `num_envs` environments that step together, placed by `seed`."""
-    one_team = MarlGroupMapType.ALL_IN_ONE_GROUP  # under the key "agents"
+    one_team = MarlGroupMapType.ALL_IN_ONE_GROUP  # what agents have is stacked, under "agents"
     how = {"num_envs": num_envs, "seed": seed, "device": device, "group_map": one_team}
     options = {"n_agents": n_agents, **scenario_options}
     simulator = VmasEnv(scenario_name, scenario_kwargs=options, **how)
+    # A transform is a part between the simulator and its user; this one truncates episodes.
     return simulator.append_transform(StepCounter(max_steps))
 
 
 num_vmas_envs = frames_per_batch // max_steps
 env = make_env(num_vmas_envs, seed_for("environment"))
+# A spec says which shape, type and bounds an entry has; "unbatched" is that of one environment.
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # (n_agents, n_actions), bounded
 n_actions = action_spec.shape[-1]
 
 # %%
-played = env.rollout(max_steps, break_when_any_done=False)  # there is no policy yet: random actions
+# There is no policy yet, so actions are random. A rollout would end as soon as one environment is
+# done; with False, that one is reset and all play on, as in a batch of the collector.
+played = env.rollout(max_steps, break_when_any_done=False)
 {key: tuple(value.shape) for key, value in played["agents"].items() if key != "info"}
 
 # %% [markdown]
@@ -415,8 +419,9 @@ played = env.rollout(max_steps, break_when_any_done=False)  # there is no policy
 # The policy is *decentralised*: an agent's action depends on its own observation alone, so that
 # each robot can be sent out with a copy of the network and no radio. It is built in three steps:
 #
-# 1. `MultiAgentMLP` applies a network to every agent and keeps the agent dimension: observations
-#    (num_vmas_envs, n_agents, n_obs) in, 2 × n_actions numbers for each agent out.
+# 1. `MultiAgentMLP` applies a network, `depth` hidden layers with tanh, to every agent and keeps
+#    the agent dimension: observations (num_vmas_envs, n_agents, n_obs) in, 2 × n_actions numbers
+#    for each agent out.
 # 2. `NormalParamExtractor` makes of these a mean and a positive standard deviation.
 #    `TensorDictModule` says where all that is read and written: `"loc"` and `"scale"`,
 #    (num_vmas_envs, n_agents, n_actions) each.
@@ -500,6 +505,8 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 #     IPPO     V_i = V(o_i)                    n_obs numbers (18), however large the team
 #     MAPPO    V_i = V(o_1, o_2, ..., o_n)     n_agents × n_obs numbers (54), one input for all i
 #
+# (So a MAPPO critic that all agents share gives every agent the same value; more on this below.)
+#
 # What does the critic's view change? An advantage is what was earned less what the critic expected.
 # Here most of the reward is the progress of the whole team. From its own observation, a robot's
 # critic cannot tell what the *others* are about to earn: that part of the return looks like chance,
@@ -519,8 +526,9 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 #
 # So ask of a task which part of an agent's return depends on what *this* agent cannot see. That is
 # where a centralised critic can help. And note that changing the reward helped IPPO more than
-# changing its critic did. (A shorter horizon closes the gap as well: with gamma = 0.9 and otherwise
-# the values of Section 1, both algorithms had a success rate of 0.99 in the mean of ten runs.)
+# changing its critic did: from 75 steps to 53, against 64. (A shorter horizon closes the gap as
+# well: with gamma = 0.9 and otherwise the values of Section 1, both algorithms had a success rate
+# of 0.99 in the mean of ten runs.)
 #
 # What a centralised critic does not do:
 #
@@ -528,9 +536,10 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 # - It assigns no credit. It sees observations and no actions, so it says how well the team stands,
 #   not who made it so.
 # - It does not always pay. Its input grows with the team, and much of it may not matter to an
-#   agent. In theory a centralised critic used in place of the observed return can make the policy's
-#   gradients noisier (Lyu et al. 2021, arXiv:2102.04402). And where each agent is paid for its own
-#   deeds, there is less to gain.
+#   agent. Where its word is what the policy learns from, and not only what the observed return is
+#   compared with, gradients can even be noisier than with a local critic: what the others happen to
+#   see then enters them, which a local critic has averaged out (Lyu et al. 2021, arXiv:2102.04402).
+#   And where each agent is paid for its own deeds, there is less to gain.
 #
 # With `share_parameters_critic` one network serves all agents. For MAPPO that means one input and
 # one network, hence *the same value for every agent*: a value of the team's situation. That fits a
@@ -568,9 +577,9 @@ critic(env.reset())["agents", "state_value"][0].tolist()  # one situation, a val
 # ### Collection
 # `Collector` (formerly SyncDataCollector) steps the environment with the policy and yields batches
 # of frames_per_batch frames, (num_vmas_envs, max_steps), each from a fresh reset. It holds the same
-# policy object that the optimizer updates, so it always acts with the newest weights. (The
-# untrained one is copied once, so that Section 7 can compare the two.) (A collector with processes
-# of its own has copies of the weights, and has to be told: `collector.update_policy_weights_()`.)
+# policy object that the optimizer updates, so it always acts with the newest weights. (A collector
+# with processes of its own has copies of the weights, and has to be told of new ones:
+# `collector.update_policy_weights_()`.)
 #
 # The replay buffer, usually a large memory for off-policy learning, holds one batch only. Sampling
 # *without replacement*, it deals the batch out in minibatches: in one pass, an *epoch*, every frame
@@ -610,11 +619,11 @@ replay_buffer = ReplayBuffer(
 # batch cuts off is treated like one whose time is up: the sum stops, and the critic's value stands
 # for what was not seen.
 #
-# If all robots share one value and nearly one reward, their advantages in a frame are nearly one
-# number, also with MAPPO's critic. How does a robot learn what *it* did right? Only over many
+# With MAPPO's shared critic all robots have one value, and here nearly one reward, so in a frame
+# their advantages are nearly one number. How does a robot learn what *it* did right? Only over many
 # frames: its own action shifts that number in the same way each time, what the others did shifts it
 # up and down, and in the mean over thousands of frames their part cancels out. That works for three
-# robots, and it is why large teams paid as one learn slowly.
+# robots; with many, it may be why a team paid as one learns slowly.
 
 # %%
 estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
@@ -691,7 +700,7 @@ after_iteration = []  # functions that are called with the newest of them
 
 # %% [markdown]
 # ---
-# ## B. Runs that last (skip this on a first reading)
+# ## B. Runs that last (skip this on a first reading: go on at Section 6)
 # The first of the functions in `after_iteration`, and so the last to be called, is this cell's. It
 # leaves in the run's folder a checkpoint, a table of measurements and the hyperparameters. Each
 # file is written beside the old one and put in its place when it is whole, so a run can be killed
@@ -700,7 +709,7 @@ after_iteration = []  # functions that are called with the newest of them
 #
 # The random numbers of an iteration depend on `seed`, its number and this process's, and on nothing
 # that happened before: so a run that was stopped ends with the same numbers as one that was not (on
-# a CPU, to the bit; with anneal_lr only for the same n_iters), and MAPPO and IPPO with the same
+# a CPU, bit for bit; with anneal_lr only for the same n_iters), and MAPPO and IPPO with the same
 # seed start from the same first batch.
 #
 # Of several processes the first one reads and writes. `DistributedDataParallel` averages their
@@ -962,8 +971,9 @@ seed_iteration(len(history))
 # narrower view costs most.
 #
 # *What is measured.* `measure` looks at the first episode of each environment only, from its start
-# to its first "done". The later ones are cut off by the end of the batch unless they succeed soon,
-# so counting them would flatter the policy. `measure_update` says what the learning did:
+# to its first "done". A later one has only the rest of the batch, too short for a slow success, so
+# among the later ones only quick successes would be seen. `measure_update` says what the learning
+# did:
 #
 # - The losses and the entropy are means over the iteration's minibatches.
 # - `kl_approx` says how far the update took the policy from the one that collected the batch: the
@@ -1061,7 +1071,8 @@ for iteration in progress:
     row |= measure(batch) | measure_update(frames, minibatch_losses)
     row["seconds"] = time.perf_counter() - start
     history.append(row)
-    for function in reversed(after_iteration):  # the last one added comes first
+    # The last one added comes first: cell B, which saves the row, then sees what yours put into it.
+    for function in reversed(after_iteration):
         function(row)
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", share)})
 
@@ -1080,6 +1091,7 @@ for iteration in progress:
 def evaluate(policy):
     """Play the evaluation episodes with the deterministic policy; return what `measure` does."""
     test_env = make_env(evaluation_episodes, evaluation_seed)
+    # Until each environment has finished its first episode, which is all that counts here.
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
         return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
 
@@ -1096,7 +1108,7 @@ for key, value in evaluation["trained"].items():
 # ### This file against the papers
 # The core is theirs: a centralised critic for MAPPO and a local one for IPPO, shared weights, GAE,
 # clipping, several epochs on each batch, normalised advantages. Among other things, Yu et al.
-# (2022) do the following differently, and who repeats their experiments should know it:
+# (2022) do the following differently, which matters to anyone who repeats their experiments:
 #
 # - *What the critic sees.* In StarCraft they feed a global state of the environment to which each
 #   agent's own features are added, so that values differ between agents. Joined observations, as
@@ -1137,7 +1149,7 @@ print(f"The results of this run are in {folder}")
 
 # %% [markdown]
 # ---
-# ## C. Pictures (skip this on a first reading)
+# ## C. Pictures (skip this on a first reading: what is left are the answers)
 # learning_curves.png: all runs of this scenario beside this one, MAPPO against IPPO. Thin lines are
 # single runs, in which actions are drawn from the policy; a thick one is the mean over finished
 # runs that differ from this one in seed and flag only. Dots at the end are the deterministic
