@@ -52,6 +52,11 @@ def test_the_method_runs_alone(tmp_path):
         check = "len(history), (policy.state_dict()['module.0.module.0.params.0.weight'] - "
         check += "untrained_policy.state_dict()['module.0.module.0.params.0.weight']).any().item()"
         assert results(run_cells(client, [check])) == ["(2, True)"]
+        look = SCRIPT.read_text("utf-8").partition("*Does success look like a loss?*")[2]
+        look = re.findall(r"^#     (.*)", look.partition("*Question 6")[0], re.MULTILINE)
+        arrival = "batch['next', 'terminated'][0, -1] = True"  # two iterations bring nobody home
+        seen = texts(run_cells(client, ["\n".join([arrival, *look])]), "stdout")
+        assert len(re.findall(r"^tensor\(-?\d+\.\d+\)$", seen, re.MULTILINE)) == 3
     [folder] = (tmp_path / "runs").iterdir()
     assert {path.name for path in folder.iterdir()} == {
         "policy.pt",

@@ -1,5 +1,6 @@
 """The study: its tables come from its rows, and its statistics are what they are called."""
 
+import re
 import sys
 
 import numpy as np
@@ -47,6 +48,43 @@ def test_the_lesson_of_section_4_has_its_rows():
         (ours, our_worst), (theirs, their_worst) = cells
         assert f"| {ours} (worst run {our_worst}) | {theirs} (worst {their_worst}) |" in line
         assert f"| {steps[0].mean():.1f} | {steps[1].mean():.1f} |" in line
+
+
+def test_the_lesson_of_the_long_runs_has_its_rows():
+    """The second table of Section 4, and the two success rates below it."""
+    text = SCRIPT.read_text("utf-8")
+    [head] = [line for line in text.splitlines() if line.startswith("# | after |")]
+    for algorithm in ("MAPPO", "IPPO"):
+        means = []
+        for number in re.findall(r"\d+", head):
+            found = study.at_stop("lasting", "--n-iters 50", algorithm, int(number))
+            means.append(f"{found['success_rate'].mean():.2f}")
+        assert f"# | {algorithm} | {' | '.join(means)} |\n" in text
+    two = [study.values("ends", run, "IPPO", "success_rate") for run in list(study.ENDS)[:2]]
+    assert f"success rates of {two[0].mean():.2f} and {two[1].mean():.2f} after 15" in text
+
+
+@pytest.mark.parametrize("change", study.CHANGES)
+def test_a_changed_script_differs_in_that_only(change, tmp_path):
+    changed = study.script_for(f"--n-iters 3 # {change}", tmp_path).read_text("utf-8")
+    old, new = study.CHANGES[change]
+    assert changed.count(new) == 1
+    assert changed.replace(new, old) == SCRIPT.read_text("utf-8")
+    assert study.script_for("--n-iters 3", tmp_path) == SCRIPT
+
+
+def test_a_change_that_fits_nowhere_is_reported(monkeypatch, tmp_path):
+    monkeypatch.setitem(study.CHANGES, "a test", ("no such line", "another"))
+    with pytest.raises(RuntimeError, match="a test: train_mappo.py must hold"):
+        study.script_for("# a test", tmp_path)
+
+
+def test_arrivals_are_measured_in_each_iteration():
+    """As columns of the changed script's metrics.csv; nan, as nobody arrives in so short a run."""
+    options = "--max-steps 5 --frames-per-batch 20 --minibatch-size 10 --num-epochs 1 --n-iters 2"
+    options += f" --num-cells 8 --evaluation-episodes 3 # {study.MEASURED}"
+    row = study.train("a test", options, "IPPO", 0)
+    assert {row[f"curve_{name}"] for name in study.ARRIVALS} == {"nan nan"}
 
 
 def test_the_recipes_are_the_printed_commands_and_have_their_rows():
