@@ -350,8 +350,9 @@ if world_size > 1:
 # near other robots are in 12 directions (its lidar). Its action is a force along x and y. Most of a
 # step's reward is shared: the sum over the *team* of the distance by which each came nearer to its
 # goal; a robot that touches others gets -1 for each of them, for itself alone. The episode ends
-# when every robot is within 0.10 of its goal. (The scenario also pays 0.01 while all are within
-# 0.05; as the episode is over before, that is hardly ever earned.)
+# when every robot is within 0.10 of its goal. What is left of the ways then, up to 0.10 a robot, is
+# never paid. (The scenario also pays 0.01 while all are within 0.05; as the episode is over before,
+# that is hardly ever earned.)
 #
 # VMAS simulates `num_vmas_envs` copies of this at once, as one batch of tensors on `device`. The
 # policy runs there, too, so on a GPU the data never leaves it. With frames_per_batch / max_steps
@@ -490,6 +491,7 @@ untrained_policy = ProbabilisticActor(
     distribution_class=TanhNormal,
     distribution_kwargs=bounds,
     return_log_prob=True,
+    default_interaction_type=ExplorationType.RANDOM,  # or it would only draw in the collector
 )
 untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment, a row a robot
 
@@ -514,9 +516,10 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 # sees where all robots are and how far from their goals, and can take off what is *predictable*
 # from that. What the others' randomly drawn actions add stays in; Section 5 returns to it.
 #
-# One keyword of the scenario puts this to the test. With collisions off and each robot paid for its
-# *own* progress (`scenario_options = {"collisions": False, "shared_rew": False}`), nothing that a
-# robot earns depends on the others, so a wider view should not help. Eight robots, ten seeds,
+# That is the argument; one keyword of the scenario puts it to the test. With collisions off and
+# each robot paid for its *own* progress (`scenario_options = {"collisions": False, "shared_rew":
+# False}`), hardly anything that a robot earns depends on the others (only whether the episode ends
+# before it has gone its last 0.10), so a wider view should not help. Eight robots, ten seeds,
 # 60,000 frames, evaluated as in Section 7 (study/README.md has the runs and the command):
 #
 # | what each robot is paid for | success: MAPPO | IPPO | steps (failures: 100): MAPPO | IPPO |
@@ -709,7 +712,7 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 #
 # The results of a run go to a folder. Each iteration will add a row of measurements to `history`,
 # and call the functions in `after_iteration` with it: whatever is to happen between iterations, a
-# plot or an evaluation, say, goes there, and the loop stays as it is.
+# plot or an evaluation, say, goes there (Section 6 has an example), and the loop stays as it is.
 
 # %%
 algorithm = "MAPPO" if mappo else "IPPO"
@@ -978,22 +981,23 @@ seed_iteration(len(history))
 # as it is now, and goes through the batch num_epochs times. The robots first learn to drive roughly
 # towards their goals, within a few iterations, and then to stop there: while the reward soon
 # changes little, the success rate, the share of episodes in which all robots are at their goals in
-# time, is what still rises. MAPPO should get there sooner than IPPO, because most of the reward is
-# the team's and only MAPPO's critic sees the team. With these hyperparameters and ten seeds, the
+# time, is what still rises. MAPPO should get there sooner than IPPO, whose critic does not see the
+# team and is misled where episodes end (Section 4). With these hyperparameters and ten seeds, the
 # evaluation of Section 7 gave success rates of 0.95 for MAPPO (worst run 0.92) and 0.87 for IPPO
 # (worst run 0.70); the success rate that the progress bar shows is lower, see Question 7. A run
 # takes one or two minutes on two CPU cores. With more iterations MAPPO gets a little better, and
-# IPPO's success falls apart: Section 4 says why.
+# IPPO's success falls apart.
 #
 # These hyperparameters are no optimum. study/README.md has two recipes, each explained value by
 # value: with MAPPO one reaches 0.98 in an eighth of the training time, the other 0.99 in a fifth.
-# With IPPO, two or three of ten runs by either fall far behind: hurried learning is where its
-# narrower view costs most.
+# With IPPO, two or three of ten runs by either fall far behind.
 #
 # *What is measured.* `measure` looks at the first episode of each environment only, from its start
 # to its first "done". A later one has only the rest of the batch, too short for a slow success, so
-# among the later ones only quick successes would be seen. `measure_update` says what the learning
-# did:
+# among the later ones only quick successes would be seen. `evaluate` is for Section 7; to call it
+# on the way as well, add a function of your own to `after_iteration` before the loop, such as
+# `lambda row: row.update(test_success=evaluate(policy)[share])`. `measure_update` says what the
+# learning did:
 #
 # - The losses and the entropy are means over the iteration's minibatches.
 # - `kl_approx` says how far the update took the policy from the one that collected the batch: the
@@ -1057,6 +1061,14 @@ def measure_update(frames, minibatch_losses):
     }
 
 
+def evaluate(policy):
+    """Play the episodes of Section 7 with the deterministic policy; return what `measure` does."""
+    test_env = make_env(evaluation_episodes, evaluation_seed)
+    # Until each environment has finished its first episode, which is all that counts here.
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
+
+
 # %% [markdown]
 # *The loop.* The three terms of the loss share one backward pass and one optimizer. One gradient
 # norm is limited for both networks together: a huge gradient of the critic would scale the policy's
@@ -1115,16 +1127,7 @@ for iteration in progress:
 # normal's mean squashed by the tanh. The untrained and the trained policy play the same
 # `evaluation_episodes` fresh episodes. On a CPU and on a GPU those are different ones.
 
-
 # %%
-def evaluate(policy):
-    """Play the evaluation episodes with the deterministic policy; return what `measure` does."""
-    test_env = make_env(evaluation_episodes, evaluation_seed)
-    # Until each environment has finished its first episode, which is all that counts here.
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
-
-
 evaluation = {"iterations": len(history)}
 evaluation |= {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
 print(f"\n{evaluation_episodes} episodes, deterministic policy    untrained     trained")

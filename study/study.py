@@ -62,12 +62,16 @@ SHARING = {
     "--no-share-parameters-critic": "separate critics",
     "--no-share-parameters-policy --no-share-parameters-critic": "separate policies and critics",
     "--no-share-parameters-policy --n-iters 30": "separate policies, 30 iterations",
+    "--no-share-parameters-policy --frames-per-batch 18000 --minibatch-size 1200": (
+        "separate policies, three times the frames in as many gradient steps"
+    ),
 }
 
 # A few runs are of the script with a piece of its text replaced. The comment at the end of their
 # options says which: a shell does not read it, and a row of results.csv shows it.
 MEASURED = "arrivals measured"
 NO_ENDS = "arrivals do not end an episode"
+NO_BOOTSTRAP = "nothing counts but rewards that were collected"
 CHANGES = {
     # What happens in the step in which the last robot arrives: the critic's value before it, the
     # reward of it, and its advantage in standard deviations, means over robots and arrivals.
@@ -92,6 +96,18 @@ CHANGES = {
     estimate_advantages(batch)
     batch["next", "terminated"].copy_(terminated) """,
     ),
+    # Advantages are estimated as if everything ended where the rewards end: at an arrival, when the
+    # time is up, and with the batch. With lmbda 1, no value then stands for what was not seen.
+    NO_BOOTSTRAP: (
+        """
+    estimate_advantages(batch) """,
+        """
+    terminated = batch["next", "terminated"].clone()
+    batch["next", "terminated"].copy_(batch["next", "done"])
+    batch["next", "terminated"][:, -1] = True
+    estimate_advantages(batch)
+    batch["next", "terminated"].copy_(terminated) """,
+    ),
 }
 
 # Why IPPO falls apart after ten iterations: each of these takes one cause away.
@@ -99,7 +115,10 @@ ENDS = {
     f"--n-iters 15 # {NO_ENDS}": "arrivals do not end an episode",
     """--n-iters 15 --scenario-options '{"shared_rew": false}'""": "each robot paid for itself",
     "--gamma 0.9 --n-iters 15": "gamma 0.9",
+    "--lmbda 1 --n-iters 15": "lmbda 1",
+    f"--lmbda 1 --n-iters 15 # {NO_BOOTSTRAP}": "lmbda 1, and no value where the rewards end",
 }
+OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
 
 
 def pairs(options, seeds=range(10)):
@@ -121,6 +140,7 @@ EXPERIMENTS = {
     "arrivals": pairs(f"--n-iters 10 # {MEASURED}"),
     "ends": [(options, "IPPO", seed) for options in ENDS for seed in range(10)],
     "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{EIGHT} {SHARED} # {NO_ENDS}")],
+    "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.

@@ -137,9 +137,7 @@ def test_what_is_done_after_an_iteration_does_not_change_the_run(finished, tmp_p
     own = (
         "after_iteration.append(lambda row: row.update(late=evaluate(policy)['episode_reward']))\n"
     )
-    evaluate = "def evaluate(policy):" + text.partition("def evaluate(policy):")[2]
-    evaluate = evaluate.partition("\n\n\n")[0] + "\n\n\n"
-    (tmp_path / "changed.py").write_text(text.replace(loop, evaluate + own + loop), "utf-8")
+    (tmp_path / "changed.py").write_text(text.replace(loop, own + loop), "utf-8")
     folder = tmp_path / "run"
     finish(start(*options(n_iters=3, run_folder=folder), program=[tmp_path / "changed.py"]))
     found = rows(folder)
