@@ -71,7 +71,6 @@ SHARING = {
 # options says which: a shell does not read it, and a row of results.csv shows it.
 MEASURED = "arrivals measured"
 NO_ENDS = "arrivals do not end an episode"
-NO_BOOTSTRAP = "nothing counts but rewards that were collected"
 CHANGES = {
     # What happens in the step in which the last robot arrives: the critic's value before it, the
     # reward of it, and its advantage in standard deviations, means over robots and arrivals.
@@ -96,18 +95,6 @@ CHANGES = {
     estimate_advantages(batch)
     batch["next", "terminated"].copy_(terminated) """,
     ),
-    # Advantages are estimated as if everything ended where the rewards end: at an arrival, when the
-    # time is up, and with the batch. With lmbda 1, no value then stands for what was not seen.
-    NO_BOOTSTRAP: (
-        """
-    estimate_advantages(batch) """,
-        """
-    terminated = batch["next", "terminated"].clone()
-    batch["next", "terminated"].copy_(batch["next", "done"])
-    batch["next", "terminated"][:, -1] = True
-    estimate_advantages(batch)
-    batch["next", "terminated"].copy_(terminated) """,
-    ),
 }
 
 # Why IPPO falls apart after ten iterations: each of these takes one cause away.
@@ -115,8 +102,6 @@ ENDS = {
     f"--n-iters 15 # {NO_ENDS}": "arrivals do not end an episode",
     """--n-iters 15 --scenario-options '{"shared_rew": false}'""": "each robot paid for itself",
     "--gamma 0.9 --n-iters 15": "gamma 0.9",
-    "--lmbda 1 --n-iters 15": "lmbda 1",
-    f"--lmbda 1 --n-iters 15 # {NO_BOOTSTRAP}": "lmbda 1, and no value where the rewards end",
 }
 OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
 
@@ -444,6 +429,26 @@ def sharing():
     return "\n".join(AGAINST_THE_FIRST + against_the_first(variants))
 
 
+def own_critics():
+    """A Markdown table of 8 robots, each paid for itself, with one critic or one for each."""
+    name, options = "payment", f"{EIGHT} {OWN}"
+    variants = [
+        ("MAPPO, one critic for all", name, options, "MAPPO"),
+        ("MAPPO, one for each robot", "critics", OWN_CRITICS, "MAPPO"),
+        ("IPPO, one critic for all", name, options, "IPPO"),
+    ]
+    theirs = values(name, options, "IPPO", "episode_length")
+    lines = ["| | runs | steps | steps: difference to IPPO | explained variance, last batch |"]
+    lines.append(line_of(*["---"] * 5))
+    for label, *runs in variants:
+        steps = values(*runs, "episode_length")
+        explained = values(*runs, "curve_explained_variance")[:, -1].mean()
+        compared = difference(steps, theirs, 1) if label != variants[-1][0] else ""
+        cells = [len(steps), mean_and_worst(steps, "episode_length"), compared]
+        lines.append(line_of(label, *cells, f"{explained:.2f}"))
+    return "\n".join(lines)
+
+
 def critics(name):
     """A Markdown table of what the critics knew: means over runs, first and last iteration."""
     lines = [
@@ -472,6 +477,7 @@ def with_tables(text):
             made_table = critics(name.removeprefix("critics-"))
         else:
             others = {"lasting": lasting, "arrivals": arrivals, "ends": ends, "sharing": sharing}
+            others["own-critics"] = own_critics
             made_table = others[name]()
         return f"<!-- table:{name} -->\n{made_table}\n<!-- /table -->"
 
