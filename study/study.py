@@ -105,6 +105,13 @@ ENDS = {
 }
 OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
 
+# Another scenario: robots inside a hollow package push it to a goal that each of them sees.
+TRANSPORT = (
+    """--scenario-name reverse_transport --scenario-options '{"package_mass": 1}' --n-agents 4 """
+    "--max-steps 200 --frames-per-batch 12000 --minibatch-size 600 "
+    "--lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 40"
+)
+
 
 def pairs(options, seeds=range(10)):
     """Runs with the same options, both algorithms of a seed in turn: (options, algorithm, seed)."""
@@ -127,9 +134,10 @@ EXPERIMENTS = {
     "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{EIGHT} {SHARED} # {NO_ENDS}")],
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
+    "transport": pairs(TRANSPORT),
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
-STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5)}
+STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -164,6 +172,11 @@ def script_for(options, folder):
     return changed
 
 
+def with_success(measured):
+    """Measurements in which success is called so in every scenario, not "terminated_rate"."""
+    return {{"terminated_rate": "success_rate"}.get(key, key): measured[key] for key in measured}
+
+
 def train(experiment, options, algorithm, seed, threads=1):
     """Do one run on `threads` threads and return its row, a dictionary with the keys COLUMNS.
 
@@ -187,9 +200,10 @@ def train(experiment, options, algorithm, seed, threads=1):
             if process.returncode:
                 reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
                 raise RuntimeError(f"{command}: exit status {process.returncode}: {reason}")
-            evaluations.append(json.loads((folder / "evaluation.json").read_text())["trained"])
+            evaluation = json.loads((folder / "evaluation.json").read_text())
+            evaluations.append(with_success(evaluation["trained"]))
         with open(folder / "metrics.csv", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = [with_success(line) for line in csv.DictReader(file)]
     row = {"experiment": experiment, "options": options, "algorithm": algorithm, "seed": seed}
     for name in EVALUATION:
         numbers = [f"{trained[name]:.4f}" for trained in evaluations if name in trained]
@@ -343,25 +357,37 @@ def table(name):
     return "\n".join(lines)
 
 
-def lasting():
-    """A Markdown table of the long runs: success and reward of both algorithms at their stops."""
-    head = ["MAPPO", "IPPO", "difference", "P(MAPPO better)"]
-    lines = [
-        line_of("iterations", *(f"success: {head[0]}", *head[1:]), f"reward: {head[0]}", *head[1:]),
-        line_of(*["---"] * 9),
-    ]
-    for iterations in (5, 10, 15, 20, 30, 40, 50):
+def over_time(name, options, stops, columns):
+    """A Markdown table of runs that were evaluated on their way: both algorithms at these stops.
+
+    `columns` says which two columns of an evaluation it shows, and what it calls them.
+    """
+    head = ["IPPO", "difference", "P(MAPPO better)"]
+    titles = [title for label in columns.values() for title in (f"{label}: MAPPO", *head)]
+    lines = [line_of("iterations", *titles), line_of(*["---"] * 9)]
+    for iterations in stops:
         ours, theirs = (
-            at_stop("lasting", "--n-iters 50", algorithm, iterations)
-            for algorithm in ("MAPPO", "IPPO")
+            at_stop(name, options, algorithm, iterations) for algorithm in ("MAPPO", "IPPO")
         )
         cells = []
-        for column in ("success_rate", "episode_reward"):
+        for column in columns:
             cells += [mean_and_worst(found[column], column) for found in (ours, theirs)]
             cells.append(difference(ours[column], theirs[column], DIGITS[column]))
             cells.append(probability_better(ours[column], theirs[column], column))
         lines.append(line_of(iterations, *cells))
     return "\n".join(lines)
+
+
+def lasting():
+    """A Markdown table of the long runs: success and reward of both algorithms at their stops."""
+    columns = {"success_rate": "success", "episode_reward": "reward"}
+    return over_time("lasting", "--n-iters 50", (5, 10, 15, 20, 30, 40, 50), columns)
+
+
+def transport():
+    """A Markdown table of the other scenario: success and steps of both algorithms."""
+    columns = {"success_rate": "success", "episode_length": "steps"}
+    return over_time("transport", TRANSPORT, STOPPED_AFTER[TRANSPORT], columns)
 
 
 def arrivals():
@@ -477,7 +503,7 @@ def with_tables(text):
             made_table = critics(name.removeprefix("critics-"))
         else:
             others = {"lasting": lasting, "arrivals": arrivals, "ends": ends, "sharing": sharing}
-            others["own-critics"] = own_critics
+            others |= {"own-critics": own_critics, "transport": transport}
             made_table = others[name]()
         return f"<!-- table:{name} -->\n{made_table}\n<!-- /table -->"
 
