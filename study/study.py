@@ -277,13 +277,12 @@ def values(name, options, algorithm, column):
 def at_stop(name, options, algorithm, iterations):
     """The evaluations of runs that were stopped on their way, after so many iterations.
 
-    A dictionary with the keys EVALUATION, one number for each seed, as `values` gives them.
+    A dictionary with those keys of EVALUATION that the scenario has, one number for each seed, as
+    `values` gives them.
     """
     place = list(STOPPED_AFTER[options]).index(iterations)
-    return {
-        column: values(name, options, algorithm, f"stops_{column}")[:, place]
-        for column in EVALUATION
-    }
+    found = {one: values(name, options, algorithm, f"stops_{one}") for one in EVALUATION}
+    return {one: runs[:, place] for one, runs in found.items() if runs.shape[1] > 0}
 
 
 def at_end(name, options, algorithm):
