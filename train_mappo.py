@@ -1161,8 +1161,11 @@ for key, value in evaluation["trained"].items():
 # Does a centralised critic help? In their experiments and in those of de Witt et al. (2020) IPPO is
 # often as good. Section 4 suggests when: where each agent sees most of what its return depends on,
 # there is little left for a wider view to add; and where it sees the end of the episode coming, or
-# episodes do not end early, success cannot look like a loss. Whether that is what sets their tasks
-# apart from this one was not tested.
+# episodes do not end early, success cannot look like a loss. In a scenario where both hold, four
+# robots push a package whose goal each of them sees, and are paid as one. As predicted before the
+# runs, MAPPO and IPPO did equally well there: success rates of 1.00 each, after 10 iterations and
+# after 40 (study/README.md, "Another scenario"). Whether this is what sets the tasks of those
+# papers apart was not tested.
 #
 # ---
 # ## 8. Results

@@ -111,6 +111,11 @@ TRANSPORT = (
     "--max-steps 200 --frames-per-batch 12000 --minibatch-size 600 "
     "--lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 40"
 )
+# And one that neither algorithm solved in these many frames.
+GIVE_WAY = (
+    "--scenario-name multi_give_way --max-steps 200 --frames-per-batch 12000 "
+    "--lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 15"
+)
 
 
 def pairs(options, seeds=range(10)):
@@ -135,6 +140,7 @@ EXPERIMENTS = {
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
     "transport": pairs(TRANSPORT),
+    "unsolved": pairs(GIVE_WAY, seeds=[0]),
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}

@@ -64,6 +64,22 @@ def test_the_lesson_of_the_long_runs_has_its_rows():
     assert f"success rates of {two[0].mean():.2f} and {two[1].mean():.2f} after 15" in text
 
 
+def test_the_other_scenario_has_its_rows():
+    """The success rates that Section 7 names, and the command that is printed with them."""
+    text = " ".join(SCRIPT.read_text("utf-8").replace("\n# ", " ").split())
+    assert "success rates of 1.00 each, after 10 iterations and after 40" in text
+    for algorithm in ("MAPPO", "IPPO"):
+        for iterations in (10, 40):
+            found = study.at_stop("transport", study.TRANSPORT, algorithm, iterations)
+            assert len(found["success_rate"]) == 10
+            assert f"{found['success_rate'].mean():.2f}" == "1.00"
+            assert "collisions" not in found
+    assert f"python train_mappo.py {study.TRANSPORT}\n" in study.README.read_text("utf-8")
+    for algorithm, reward in (("MAPPO", "3.0"), ("IPPO", "1.1")):
+        found = study.values("unsolved", study.GIVE_WAY, algorithm, "episode_reward")
+        assert [f"{one:.1f}" for one in found] == [reward]
+
+
 @pytest.mark.parametrize("change", study.CHANGES)
 def test_a_changed_script_differs_in_that_only(change, tmp_path):
     changed = study.script_for(f"--n-iters 3 # {change}", tmp_path).read_text("utf-8")
