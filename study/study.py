@@ -67,10 +67,29 @@ SHARING = {
     ),
 }
 
+CRITIC = """
+critic_network = MultiAgentMLP("""
+TOLD_CRITIC = """
+
+class ToldNetwork(MultiAgentMLP):
+    def __init__(self, n_agent_inputs, **others):
+        super().__init__(n_agent_inputs=n_agent_inputs + 1, **others)
+
+    def forward(self, observations):
+        ways = observations[..., 4:6].norm(dim=-1, keepdim=True)
+        told = {told}
+        return super().forward(torch.cat([observations, told], dim=-1))
+
+
+critic_network = ToldNetwork("""
+
 # A few runs are of the script with a piece of its text replaced. The comment at the end of their
 # options says which: a shell does not read it, and a row of results.csv shows it.
 MEASURED = "arrivals measured"
 NO_ENDS = "arrivals do not end an episode"
+TWO_PROCESSES = "two processes"
+TOLD = "the critic is told how far the others have to go"
+TOLD_ITS_OWN = "the critic is told how far its own robot has to go"
 CHANGES = {
     # What happens in the step in which the last robot arrives: the critic's value before it, the
     # reward of it, and its advantage in standard deviations, means over robots and arrivals.
@@ -84,6 +103,10 @@ CHANGES = {
     row["advantage_at_arrival"] = batch["advantage"][ended].mean().item() / row["advantage_std"]
     row["seconds"] = """,
     ),
+    # One number more for the critic: of the way to the goal (the numbers 4 and 5 of an observation)
+    # the length, summed over the other robots, or, to compare, only its own robot's.
+    TOLD: (CRITIC, TOLD_CRITIC.format(told="ways.sum(dim=-2, keepdim=True) - ways")),
+    TOLD_ITS_OWN: (CRITIC, TOLD_CRITIC.format(told="ways")),
     # The advantage of an arrival is estimated as if more could be earned after it: the critic's
     # value of the state in which all robots are at their goals stands where a 0 did.
     NO_ENDS: (
@@ -104,6 +127,17 @@ ENDS = {
     "--gamma 0.9 --n-iters 15": "gamma 0.9",
 }
 OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
+
+# IPPO's critic with one number more, over twenty iterations and with eight robots paid as a team.
+ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
+TOLD_LONG = {f"--n-iters 20 # {change}": label for change, label in ONE_NUMBER.items()}
+TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
+# Do the runs of IPPO that fell behind in "recipes" and "teams" do so for the same reason?
+HURRIED = {
+    f"{options} # {change}": f"{name}, {change}"
+    for options, name in {**{RECIPES[name]: name for name in RECIPES}, **TEAMS}.items()
+    for change in (NO_ENDS, TOLD)
+}
 
 # Another scenario: robots inside a hollow package push it to a goal that each of them sees.
 TRANSPORT = (
@@ -139,11 +173,15 @@ EXPERIMENTS = {
     "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{EIGHT} {SHARED} # {NO_ENDS}")],
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
+    "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, *TOLD_LONG) for seed in range(10)],
+    "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
+    "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
     "transport": pairs(TRANSPORT),
     "unsolved": pairs(GIVE_WAY, seeds=[0]),
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
+STOPPED_AFTER |= {options: (10, 15, 20) for options in TOLD_LONG}
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -167,7 +205,7 @@ TABLES = {
 def script_for(options, folder):
     """The script that `options` ask for: the project's, or a changed copy of it in `folder`."""
     change = options.partition("# ")[2]
-    if not change:
+    if change in ("", TWO_PROCESSES):
         return SCRIPT
     old, new = CHANGES[change]
     text = SCRIPT.read_text("utf-8")
@@ -194,7 +232,10 @@ def train(experiment, options, algorithm, seed, threads=1):
         folder = Path(parent, "run")
         given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
         script = script_for(options, parent)
-        command = [sys.executable, str(script), *shlex.split(options, comments=True), *given]
+        program = [sys.executable]
+        if options.endswith(f"# {TWO_PROCESSES}"):
+            program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*program, str(script), *shlex.split(options, comments=True), *given]
         stops = [["--n-iters", str(number)] for number in STOPPED_AFTER.get(options, [])]
         for stop in stops or [[]]:  # the same run each time, a little longer
             process = subprocess.run(
