@@ -1,6 +1,7 @@
 """What the recipes cost, and what limits the script's speed. Prints Markdown tables.
 
     python study/benchmark.py            some eight minutes on two cores
+    python study/benchmark.py --record   the same, and its rows replace those of speed.csv
     python study/benchmark.py --quick    two minutes: one turn of each, and no 6000 environments
 
 The recipes run as `python train_mappo.py` in processes of their own, in turns with the defaults;
@@ -12,11 +13,11 @@ machine's speed meets both; a ratio is the median over the turns, with the lowes
 
 import argparse
 import contextlib
+import csv
 import io
 import math
 import os
 import runpy
-import statistics
 import sys
 import tempfile
 import time
@@ -24,7 +25,7 @@ import time
 import torch
 from torch import nn
 
-from study import RECIPES, SCRIPT, train
+from study import RECIPES, SCRIPT, SPEED, SPEED_COLUMNS, SPEED_TABLES, train
 
 
 def seconds(work):
@@ -34,25 +35,19 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def take_turns(works, turns):
-    """Let the functions in the dictionary `works` take turns; return the seconds of each turn."""
+def take_turns(table, works, turns, amount, algorithm="MAPPO"):
+    """Let the functions in the dictionary `works` take turns; return a row for each turn of each.
+
+    A row has the keys SPEED_COLUMNS; `amount` is how many steps or frames one turn of one is.
+    """
     for work in works.values():  # what happens only once is not counted
         work()
-    rounds = [{name: seconds(work) for name, work in works.items()} for _ in range(turns)]
-    return {name: [one[name] for one in rounds] for name in works}
-
-
-def ratio(these, those):
-    """The median of `these` over `those`, turn by turn, with the lowest and the highest."""
-    ratios = [this / that for this, that in zip(these, those, strict=True)]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-
-
-def print_table(title, columns, rows):
-    """Print rows, lists of anything, as a Markdown table."""
-    print(f"\n### {title}\n\n| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for row in rows:
-        print(f"| {' | '.join(map(str, row))} |", flush=True)
+    rows = []
+    for turn in range(turns):
+        for name, work in works.items():
+            cells = [table, name, algorithm, turn, amount, seconds(work)]
+            rows.append(dict(zip(SPEED_COLUMNS, cells, strict=True)))
+    return rows
 
 
 def run_script(num_vmas_envs):
@@ -69,24 +64,18 @@ def run_script(num_vmas_envs):
 
 
 def benchmark_recipes(turns, algorithms):
-    """Whole trainings by the recipes, in mean iterations of a training with the defaults."""
+    """Rows of whole trainings by the recipes, in turns with three iterations of the defaults."""
     threads = torch.get_num_threads()
-    works = {("three iterations with the defaults", "--n-iters 3", "MAPPO"): []}
+    works = [("defaults", "--n-iters 3", "MAPPO", 3)]
     for algorithm in algorithms:
-        works |= {(name, options, algorithm): [] for name, options in RECIPES.items()}
+        works += [(name, options, algorithm, 1) for name, options in RECIPES.items()]
+    rows = []
     for turn in range(turns):
-        for (_, options, algorithm), taken in works.items():
+        for name, options, algorithm, amount in works:
             row = train("benchmark", options, algorithm, turn, threads)
-            taken.append(float(row["training_seconds"]))
-    default = [taken / 3 for taken in next(iter(works.values()))]
-    print_table(
-        f"Whole trainings, {turns} turns",
-        ["", "algorithm", "seconds, median", "default iterations"],
-        [
-            [name, algorithm, f"{statistics.median(taken):.1f}", ratio(taken, default)]
-            for (name, _, algorithm), taken in works.items()
-        ],
-    )
+            cells = ["trainings", name, algorithm, turn, amount, float(row["training_seconds"])]
+            rows.append(dict(zip(SPEED_COLUMNS, cells, strict=True)))
+    return rows
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -174,7 +163,7 @@ class BareUpdate:
 
 
 def benchmark_update(names, turns):
-    """An epoch with the script's replay buffer, loss and optimizer against a bare one."""
+    """Rows of an epoch with the script's replay buffer, loss and optimizer, and of a bare one."""
     bare = BareUpdate(names)
     bare.check()
     loss_module, optimizer = names["loss_module"], names["optimizer"]
@@ -188,24 +177,16 @@ def benchmark_update(names, turns):
             nn.utils.clip_grad_norm_(loss_module.parameters(), names["max_grad_norm"])
             optimizer.step()
 
-    taken = take_turns({"train_mappo.py": epoch, "bare PyTorch": bare.epoch}, turns)
     steps = names["frames_per_batch"] // names["minibatch_size"]
-    print_table(
-        f"A gradient step on 400 frames, {turns} turns",
-        ["", "milliseconds, median", "times the bare one"],
-        [
-            [name, f"{1000 * statistics.median(times) / steps:.2f}", ratio(times, bare_times)]
-            for name, times in taken.items()
-            for bare_times in [taken["bare PyTorch"]]
-        ],
-    )
+    works = {"train_mappo.py": epoch, "the same in bare PyTorch": bare.epoch}
+    return take_turns("steps", works, turns, steps)
 
 
 # --------------------------------------------------------------------------------- the collection
 
 
 def benchmark_collection(turns):
-    """The script's collector against the simulator alone; `turns` by the number of environments."""
+    """Rows of the collector and of VMAS alone; `turns` says how many, by number of environments."""
     rows = []
     for num_vmas_envs, number in turns.items():
         names = run_script(num_vmas_envs)
@@ -216,24 +197,32 @@ def benchmark_collection(turns):
             for _ in range(steps):
                 simulator.step(simulator.get_random_actions())
 
-        works = {"script": names["collector"].next, "alone": step_alone}
-        taken = take_turns(works, number)
-        frames = names["frames_per_batch"]
-        speed = {name: f"{frames / statistics.median(times):,.0f}" for name, times in taken.items()}
-        slower = ratio(taken["script"], taken["alone"])
-        rows.append([num_vmas_envs, speed["script"], speed["alone"], slower])
+        works = {
+            f"{num_vmas_envs}": names["collector"].next,
+            f"{num_vmas_envs}, VMAS alone": step_alone,
+        }
+        rows += take_turns("collection", works, number, names["frames_per_batch"])
         names["collector"].shutdown()
-    columns = ["environments", "frames per second", "VMAS alone, random actions", "times as long"]
-    print_table("Collection", columns, rows)
+    return rows
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="one turn, and no 6000 environments")
-    quick = parser.parse_args().quick
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--quick", action="store_true", help="one turn, and no 6000 environments")
+    how.add_argument("--record", action="store_true", help="replace the rows of speed.csv")
+    arguments = parser.parse_args()
+    quick = arguments.quick
     print(f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, torch {torch.__version__}")
-    benchmark_recipes(1 if quick else 3, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
-    benchmark_update(run_script(60), 5 if quick else 20)
-    benchmark_collection({60: 3, 600: 3} if quick else {60: 9, 600: 5, 6000: 3})
+    rows = benchmark_recipes(1 if quick else 3, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
+    rows += benchmark_update(run_script(60), 5 if quick else 20)
+    rows += benchmark_collection({60: 3, 600: 3} if quick else {60: 9, 600: 5, 6000: 3})
+    for make_table in SPEED_TABLES.values():
+        print(f"\n{make_table(rows)}")
+    if arguments.record:
+        with open(SPEED, "w", newline="") as file:
+            writer = csv.DictWriter(file, SPEED_COLUMNS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({**row, "seconds": f"{row['seconds']:.4f}"} for row in rows)

@@ -19,17 +19,21 @@ import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from scipy import stats
+from torchrl.envs import VmasEnv
 
 STUDY = Path(__file__).resolve().parent
 SCRIPT = STUDY.parent / "train_mappo.py"
 RESULTS = STUDY / "results.csv"
 README = STUDY / "README.md"
+SPEED = STUDY / "speed.csv"  # written by benchmark.py, a row for each turn of what is timed
+SPEED_COLUMNS = ["table", "name", "algorithm", "turn", "amount", "seconds"]
 
 # What a row of results.csv says: which run it is, its evaluation, and its curves, a value for each
 # iteration, separated by spaces.
@@ -38,10 +42,16 @@ EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
 CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
 ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]  # see CHANGES
 STOPS = [f"stops_{name}" for name in EVALUATION]  # the evaluation at each stop, where there are any
+UNTRAINED = [f"untrained_{name}" for name in EVALUATION]  # not in the first rows
 COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES), *STOPS]
-COLUMNS += [f"curve_{name}" for name in ARRIVALS]
+COLUMNS += [*(f"curve_{name}" for name in ARRIVALS), *UNTRAINED]
 DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
 BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
+DIGITS |= dict.fromkeys(ARRIVALS, 2)
+BETTER |= dict.fromkeys(ARRIVALS, 1)  # higher
+STEPS = "steps (a failed episode counts as 100)"
+TRUSTED = 0.85  # an interval is shown if at least so many of its kind hold what they should
+ATTAINABLE = "attainable"
 COLOR = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}
 MARKER = {"MAPPO": "o", "IPPO": "s"}
 
@@ -83,11 +93,12 @@ class ToldNetwork(MultiAgentMLP):
 
 critic_network = ToldNetwork("""
 
-# A few runs are of the script with a piece of its text replaced. The comment at the end of their
-# options says which: a shell does not read it, and a row of results.csv shows it.
+# A few runs are of the script with a piece of its text replaced, or are started in another way. The
+# comment at the end of their options says so: a shell does not read it, and results.csv shows it.
 MEASURED = "arrivals measured"
 NO_ENDS = "arrivals do not end an episode"
 TWO_PROCESSES = "two processes"
+TWO_THREADS = "two threads"
 TOLD = "the critic is told how far the others have to go"
 TOLD_ITS_OWN = "the critic is told how far its own robot has to go"
 CHANGES = {
@@ -157,20 +168,25 @@ def pairs(options, seeds=range(10)):
     return [(options, algorithm, seed) for seed in seeds for algorithm in ("MAPPO", "IPPO")]
 
 
+TEAM_PAID, EACH_PAID = f"{EIGHT} {SHARED}", f"{EIGHT} {OWN}"
 EXPERIMENTS = {
     "flag": pairs(""),
     "fresh": pairs("", seeds=range(10, 20)),
-    "payment": [*pairs(f"{EIGHT} {SHARED}"), *pairs(f"{EIGHT} {OWN}")],
-    "epochs": [*pairs("--num-epochs 5"), *pairs("--num-epochs 10")],
-    "horizon": pairs("--gamma 0.9"),
-    "policies": pairs("--no-share-parameters-policy"),
+    "both": pairs("", seeds=range(20)),
+    "newcomer": [(f"# {TWO_THREADS}", "MAPPO", 0)],
+    "payment": [*pairs(TEAM_PAID), *pairs(EACH_PAID)],
+    "payment-fresh": [*pairs(TEAM_PAID, range(10, 20)), *pairs(EACH_PAID, range(10, 20))],
+    "epochs": [*pairs("--num-epochs 5"), *pairs("--num-epochs 10"), *pairs("")],
+    "horizon": [*pairs("--gamma 0.9"), *pairs("")],
+    "policies": [*pairs("--no-share-parameters-policy"), *pairs("")],
     "recipes": [*pairs(RECIPES["quick"]), *pairs(RECIPES["thorough"])],
+    "recipes-fresh": [run for options in RECIPES.values() for run in pairs(options, range(30, 50))],
     "rejected": pairs(RECIPES["thorough"].replace("epochs 8", "epochs 10")),
     "teams": [run for options in TEAMS for run in pairs(options)],
     "lasting": pairs("--n-iters 50"),
     "arrivals": pairs(f"--n-iters 10 # {MEASURED}"),
     "ends": [(options, "IPPO", seed) for options in ENDS for seed in range(10)],
-    "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{EIGHT} {SHARED} # {NO_ENDS}")],
+    "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{TEAM_PAID} # {NO_ENDS}")],
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
     "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, *TOLD_LONG) for seed in range(10)],
@@ -178,23 +194,28 @@ EXPERIMENTS = {
     "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
     "transport": pairs(TRANSPORT),
     "unsolved": pairs(GIVE_WAY, seeds=[0]),
+    # No run, but how much all robots together could earn in the episodes of the evaluation.
+    "attainable": [(options, ATTAINABLE, 12345) for options in ("", *TEAMS, TEAM_PAID, TRANSPORT)],
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER |= {options: (10, 15, 20) for options in TOLD_LONG}
+STOPPED_AFTER |= dict.fromkeys(TOLD_LONG, (10, 15, 20))
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
     "fresh": {"": "seeds 10 to 19"},
-    "payment": {f"{EIGHT} {SHARED}": "the team's progress", f"{EIGHT} {OWN}": "its own progress"},
-    "epochs": {"--num-epochs 5": "5 epochs", "--num-epochs 10": "10 epochs"},
-    "horizon": {"--gamma 0.9": "gamma 0.9"},
-    "policies": {"--no-share-parameters-policy": "separate policies"},
+    "both": {"": "all twenty"},
+    "payment": {TEAM_PAID: "the team's progress", EACH_PAID: "its own progress"},
+    "payment-fresh": {TEAM_PAID: "the team's progress", EACH_PAID: "its own progress"},
+    "epochs": {"--num-epochs 5": "5 epochs", "--num-epochs 10": "10 epochs", "": "30 epochs"},
+    "horizon": {"--gamma 0.9": "gamma 0.9", "": "gamma 0.99"},
+    "policies": {"--no-share-parameters-policy": "separate policies", "": "a shared policy"},
     "recipes": {options: name for name, options in RECIPES.items()},
+    "recipes-fresh": {options: name for name, options in RECIPES.items()},
     "teams": TEAMS,
     "unended": {
         f"# {NO_ENDS}": "3 robots, defaults",
-        f"{EIGHT} {SHARED} # {NO_ENDS}": "8 robots, the team's progress",
+        f"{TEAM_PAID} # {NO_ENDS}": "8 robots, the team's progress",
     },
 }
 
@@ -205,7 +226,7 @@ TABLES = {
 def script_for(options, folder):
     """The script that `options` ask for: the project's, or a changed copy of it in `folder`."""
     change = options.partition("# ")[2]
-    if change in ("", TWO_PROCESSES):
+    if change in ("", TWO_PROCESSES, TWO_THREADS):
         return SCRIPT
     old, new = CHANGES[change]
     text = SCRIPT.read_text("utf-8")
@@ -221,11 +242,36 @@ def with_success(measured):
     return {{"terminated_rate": "success_rate"}.get(key, key): measured[key] for key in measured}
 
 
+def attainable(options, seed):
+    """The mean reward per agent that could be earned in the episodes of the evaluation.
+
+    The way that all robots, or the package, have to go, as the scenario pays for it, down to the
+    last of it. An episode ends before: in navigation, up to 0.10 of each robot's way are left.
+    """
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--scenario-name", default="navigation")
+    parser.add_argument("--scenario-options", type=json.loads, default={})
+    parser.add_argument("--n-agents", type=int, default=3)
+    given = parser.parse_known_args(shlex.split(options, comments=True))[0]
+    scenario = {"n_agents": given.n_agents, **given.scenario_options}
+    env = VmasEnv(given.scenario_name, num_envs=200, seed=seed, scenario_kwargs=scenario)
+    env.reset()  # as the evaluation does
+    world = env._env.scenario
+    if given.scenario_name == "reverse_transport":
+        return world.package.global_shaping.mean().item()
+    return sum(agent.pos_shaping.mean().item() for agent in world.world.agents)
+
+
 def train(experiment, options, algorithm, seed, threads=1):
     """Do one run on `threads` threads and return its row, a dictionary with the keys COLUMNS.
 
     Raises a RuntimeError if the run fails.
     """
+    row = {"experiment": experiment, "options": options, "algorithm": algorithm, "seed": seed}
+    if algorithm == ATTAINABLE:
+        return row | {"episode_reward": f"{attainable(options, seed):.4f}"}
+    if options.endswith(f"# {TWO_THREADS}"):
+        threads = 2
     flag = "--mappo" if algorithm == "MAPPO" else "--no-mappo"
     evaluations = []
     with tempfile.TemporaryDirectory() as parent:
@@ -248,11 +294,13 @@ def train(experiment, options, algorithm, seed, threads=1):
                 reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
                 raise RuntimeError(f"{command}: exit status {process.returncode}: {reason}")
             evaluation = json.loads((folder / "evaluation.json").read_text())
-            evaluations.append(with_success(evaluation["trained"]))
+            evaluation = {key: evaluation[key] for key in ("untrained", "trained")}
+            evaluation = {key: with_success(evaluation[key]) for key in evaluation}
+            evaluations.append(evaluation["trained"])
         with open(folder / "metrics.csv", newline="") as file:
             rows = [with_success(line) for line in csv.DictReader(file)]
-    row = {"experiment": experiment, "options": options, "algorithm": algorithm, "seed": seed}
     for name in EVALUATION:
+        row[f"untrained_{name}"] = evaluation["untrained"].get(name, "")
         numbers = [f"{trained[name]:.4f}" for trained in evaluations if name in trained]
         row[name] = numbers[-1] if numbers else ""
         row[f"stops_{name}"] = " ".join(numbers) if stops else ""
@@ -263,11 +311,11 @@ def train(experiment, options, algorithm, seed, threads=1):
     return row
 
 
-def read_results():
-    """The rows of results.csv, as a list of dictionaries of strings; none if there is no file."""
-    if not RESULTS.exists():
+def read_rows(path):
+    """The rows of a .csv, as a list of dictionaries of strings; none if there is no file."""
+    if not path.exists():
         return []
-    with open(RESULTS, newline="") as file:
+    with open(path, newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -282,7 +330,7 @@ def add_result(row):
 
 def run_missing(names):
     """Do the runs of these experiments that results.csv lacks; return how many of them failed."""
-    done = {tuple(row[column] for column in RUN[1:]) for row in read_results()}
+    done = {tuple(row[column] for column in RUN[1:]) for row in read_rows(RESULTS)}
     missing = {}
     for name in names:
         for options, algorithm, seed in EXPERIMENTS[name]:
@@ -313,7 +361,7 @@ def run_missing(names):
 def values(name, options, algorithm, column):
     """One number for each seed of an experiment, in the order of the seeds; arrays for curves."""
     found = {}
-    for row in read_results():
+    for row in read_rows(RESULTS):
         if (row["options"], row["algorithm"]) == (options, algorithm):
             found[int(row["seed"])] = [float(number) for number in row[column].split()]
     seeds = sorted({seed for its_options, _, seed in EXPERIMENTS[name] if its_options == options})
@@ -358,16 +406,42 @@ def coverage(population, draws=20_000, n=10):
     return (np.abs(samples.mean(axis=1) - population.mean()) <= width + 1e-12).mean()
 
 
+def print_coverage():
+    """Print the coverage of the intervals of each table, from its own differences as population."""
+    for name, labels in TABLES.items():
+        for options, label in labels.items():
+            cells = []
+            for column in EVALUATION:
+                ours, theirs = (
+                    values(name, options, algorithm, column) for algorithm in ("MAPPO", "IPPO")
+                )
+                if np.ptp(ours - theirs) > 0:
+                    cells.append(f"{column} {coverage(ours - theirs, n=len(ours)):.2f}")
+            print(f"{name}, {label}: {', '.join(cells)}")
+
+
 def mean_and_worst(runs, column):
     """Such as `0.953 (worst 0.920)`."""
     worst = runs.min() if BETTER[column] == 1 else runs.max()
     return f"{runs.mean():.{DIGITS[column]}f} (worst {worst:.{DIGITS[column]}f})"
 
 
-def difference(ours, theirs, digits):
-    """The mean of the paired differences and its interval, such as `+0.08 [+0.02, +0.14]`."""
-    low, high = interval(ours - theirs)
-    return f"{(ours - theirs).mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+def difference(ours, theirs, column):
+    """The mean of the paired differences, its interval, and the pairs in which ours is better.
+
+    Such as `+0.08 [+0.02, +0.14], 9 of 10`. There is no interval where it could not be trusted: if
+    of intervals from as many differences, drawn from these, less than 85% would hold their mean.
+    """
+    differences = ours - theirs
+    if not differences.any():
+        return "none"
+    digits = DIGITS[column]
+    text = f"{differences.mean():+.{digits}f}"
+    if np.ptp(differences) > 0 and coverage(differences, n=len(differences)) >= TRUSTED:
+        low, high = interval(differences)
+        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    better = (BETTER[column] * differences > 0).sum()
+    return f"{text}, {better} of {len(differences)}"
 
 
 def probability_better(ours, theirs, column):
@@ -396,7 +470,7 @@ def table(name):
         for algorithm, found in (("MAPPO", ours), ("IPPO", theirs)):
             cells = [mean_and_worst(found[column], column) for column in EVALUATION]
             lines.append(line_of(label, algorithm, len(found["success_rate"]), *cells))
-        cells = [difference(ours[one], theirs[one], DIGITS[one]) for one in EVALUATION]
+        cells = [difference(ours[one], theirs[one], one) for one in EVALUATION]
         lines.append(line_of(label, "difference", f"{len(ours['success_rate'])} pairs", *cells))
         cells = [probability_better(ours[one], theirs[one], one) for one in EVALUATION]
         lines.append(f"| {label} | P(MAPPO better) | | {' | '.join(cells)} |")
@@ -418,7 +492,7 @@ def over_time(name, options, stops, columns):
         cells = []
         for column in columns:
             cells += [mean_and_worst(found[column], column) for found in (ours, theirs)]
-            cells.append(difference(ours[column], theirs[column], DIGITS[column]))
+            cells.append(difference(ours[column], theirs[column], column))
             cells.append(probability_better(ours[column], theirs[column], column))
         lines.append(line_of(iterations, *cells))
     return "\n".join(lines)
@@ -427,7 +501,7 @@ def over_time(name, options, stops, columns):
 def lasting():
     """A Markdown table of the long runs: success and reward of both algorithms at their stops."""
     columns = {"success_rate": "success", "episode_reward": "reward"}
-    return over_time("lasting", "--n-iters 50", (5, 10, 15, 20, 30, 40, 50), columns)
+    return over_time("lasting", "--n-iters 50", STOPPED_AFTER["--n-iters 50"], columns)
 
 
 def transport():
@@ -455,183 +529,413 @@ def arrivals():
             f"{runs.mean():.2f} ({runs.min():.2f} to {runs.max():.2f})" for runs in (ours, theirs)
         ]
         probability = f"{probability_of_improvement(ours, theirs):.2f}"
-        lines.append(line_of(label, *cells, difference(ours, theirs, 2), probability))
+        lines.append(line_of(label, *cells, difference(ours, theirs, column), probability))
     return "\n".join(lines)
 
 
-def against_the_first(variants):
-    """Lines of a Markdown table: variants of a run, and their difference to the first of them.
+def against_the_first(variants, column="success_rate"):
+    """A Markdown table: variants of a run, and how they differ from the first of them in a column.
 
-    `variants` are pairs of a label and evaluations as `at_end` gives them.
+    `variants` are pairs of a label and evaluations as `at_end` gives them. What the column is
+    called stands in the head of the table.
     """
-    lines = []
-    reference = variants[0][1]["success_rate"]
+    titles = {"success_rate": "success rate", "episode_reward": "reward per agent"}
+    titles |= {"episode_length": "steps", "collisions": "collisions"}
+    head = ["", "runs", *titles.values()]
+    head += [f"{titles[column]}: difference to the first", "P(better)"]
+    lines = [line_of(*head), line_of(*["---"] * 8)]
+    reference = variants[0][1][column]
     for label, found in variants:
-        cells = [mean_and_worst(found[column], column) for column in EVALUATION]
-        success = found["success_rate"]
+        cells = [mean_and_worst(found[one], one) for one in EVALUATION]
         compared = ["", ""]
-        if success is not reference:
-            compared = [difference(success, reference, 3)]
-            compared.append(probability_better(success, reference, "success_rate"))
-        lines.append(line_of(label, len(success), *cells, *compared))
-    return lines
-
-
-AGAINST_THE_FIRST = [
-    "| | runs | success rate | reward per agent | steps | collisions | success: difference to "
-    "the default | P(better) |",
-    line_of(*["---"] * 8),
-]
+        if found[column] is not reference:
+            compared = [difference(found[column], reference, column)]
+            compared.append(probability_better(found[column], reference, column))
+        lines.append(line_of(label, len(found[column]), *cells, *compared))
+    return "\n".join(lines)
 
 
 def ends():
     """A Markdown table of IPPO after 15 iterations, with one cause or another taken away."""
     variants = [("the default", at_stop("lasting", "--n-iters 50", "IPPO", 15))]
     variants += [(label, at_end("ends", options, "IPPO")) for options, label in ENDS.items()]
-    return "\n".join(AGAINST_THE_FIRST + against_the_first(variants))
+    return against_the_first(variants)
 
 
-def sharing():
-    """A Markdown table of MAPPO with networks that are shared, or are not."""
+def shared_or_not():
+    """MAPPO with networks that are shared, or are not: pairs of a label and evaluations."""
     variants = [("both shared, the default", at_end("flag", "", "MAPPO"))]
+    longer = at_stop("lasting", "--n-iters 50", "MAPPO", 30)
     separate = "--no-share-parameters-policy"
     variants.append(("separate policies", at_end("policies", separate, "MAPPO")))
     for options, label in SHARING.items():
         variants.append((label, at_end("sharing", options, "MAPPO")))
-    return "\n".join(AGAINST_THE_FIRST + against_the_first(variants))
+    variants.append(("both shared, 30 iterations", longer))
+    return variants
+
+
+def sharing():
+    """A Markdown table of MAPPO with networks that are shared, or are not."""
+    return against_the_first(shared_or_not())
+
+
+def processes():
+    """A Markdown table of MAPPO, trained by one process and by two."""
+    variants = [("one process", at_end("flag", "", "MAPPO"))]
+    variants.append(("two processes", at_end("processes", f"# {TWO_PROCESSES}", "MAPPO")))
+    return against_the_first(variants)
+
+
+def told_with_eight():
+    """What the critics see, with eight robots paid as a team: pairs of a label and evaluations."""
+    team = f"{EIGHT} {SHARED}"
+    variants = [("IPPO", at_end("payment", team, "IPPO"))]
+    for options, label in TOLD_EIGHT.items():
+        variants.append((f"IPPO, told {label}", at_end("told", options, "IPPO")))
+    variants.append(("MAPPO", at_end("payment", team, "MAPPO")))
+    return variants
+
+
+def told_eight():
+    """A Markdown table of what the critics see, with eight robots paid as a team."""
+    return against_the_first(told_with_eight(), "episode_length")
+
+
+def told_long():
+    """A Markdown table of what the critics see, with three robots and up to 20 iterations."""
+    runs = {"IPPO": ("lasting", "--n-iters 50", "IPPO")}
+    runs |= {f"IPPO, told {TOLD_LONG[run]}": ("told", run, "IPPO") for run in TOLD_LONG}
+    runs["MAPPO"] = ("lasting", "--n-iters 50", "MAPPO")
+    lines = [line_of("success rate after", "10 iterations", "15", "20"), line_of(*["---"] * 4)]
+    for label, run in runs.items():
+        found = [at_stop(*run, iterations)["success_rate"] for iterations in (10, 15, 20)]
+        lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
+    return "\n".join(lines)
+
+
+def hurried():
+    """A Markdown table of success with the recipes, and whether IPPO's is mended by a change."""
+    lines = [line_of("success rate", "MAPPO", "IPPO", f"IPPO, {NO_ENDS}", "IPPO, told")]
+    lines.append(line_of(*["---"] * 5))
+    for name in ("recipes", "teams"):
+        for options, label in TABLES[name].items():
+            found = [
+                values(name, options, algorithm, "success_rate") for algorithm in ("MAPPO", "IPPO")
+            ]
+            for change in (NO_ENDS, TOLD):
+                found.append(values("hurried", f"{options} # {change}", "IPPO", "success_rate"))
+            lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
+    return "\n".join(lines)
 
 
 def own_critics():
     """A Markdown table of 8 robots, each paid for itself, with one critic or one for each."""
-    name, options = "payment", f"{EIGHT} {OWN}"
-    variants = [
-        ("MAPPO, one critic for all", name, options, "MAPPO"),
-        ("MAPPO, one for each robot", "critics", OWN_CRITICS, "MAPPO"),
-        ("IPPO, one critic for all", name, options, "IPPO"),
-    ]
-    theirs = values(name, options, "IPPO", "episode_length")
-    lines = ["| | runs | steps | steps: difference to IPPO | explained variance, last batch |"]
-    lines.append(line_of(*["---"] * 5))
-    for label, *runs in variants:
+    variants = {
+        "MAPPO, one critic for all": ("payment", EACH_PAID, "MAPPO"),
+        "MAPPO, one for each robot": ("critics", OWN_CRITICS, "MAPPO"),
+        "IPPO, one critic for all": ("payment", EACH_PAID, "IPPO"),
+    }
+    titles = ["", "runs", "steps", "difference to the first", "P(better)"]
+    lines = [line_of(*titles, "explained variance, last batch"), line_of(*["---"] * 6)]
+    first = values(*variants["MAPPO, one critic for all"], "episode_length")
+    for label, runs in variants.items():
         steps = values(*runs, "episode_length")
         explained = values(*runs, "curve_explained_variance")[:, -1].mean()
-        compared = difference(steps, theirs, 1) if label != variants[-1][0] else ""
-        cells = [len(steps), mean_and_worst(steps, "episode_length"), compared]
+        compared = ["", ""]
+        if label != "MAPPO, one critic for all":
+            compared = [difference(steps, first, "episode_length")]
+            compared.append(probability_better(steps, first, "episode_length"))
+        cells = [len(steps), mean_and_worst(steps, "episode_length"), *compared]
         lines.append(line_of(label, *cells, f"{explained:.2f}"))
     return "\n".join(lines)
 
 
-def critics(name):
-    """A Markdown table of what the critics knew: means over runs, first and last iteration."""
-    lines = [
-        "| | algorithm | explained variance, first batch | last | deviation of advantages, first "
-        "| last |",
-        "|---|---|---|---|---|---|",
-    ]
-    for options, label in TABLES[name].items():
+def critics():
+    """A Markdown table of what the critics knew: means over runs, after some iterations."""
+    which = {"first batch": 0, "fifth": 4, "last": -1}
+    head = ["", "algorithm"]
+    head += [f"explained variance, {place}" for place in which]
+    head += [f"deviation of advantages, {place}" for place in which]
+    lines = [line_of(*head), line_of(*["---"] * len(head))]
+    for options, label in TABLES["payment"].items():
         for algorithm in ("MAPPO", "IPPO"):
             cells = []
             for column in ("explained_variance", "advantage_std"):
-                curves = values(name, options, algorithm, f"curve_{column}")
-                cells += [f"{curves[:, 0].mean():.2f}", f"{curves[:, -1].mean():.2f}"]
-            lines.append(f"| {label} | {algorithm} | {' | '.join(cells)} |")
+                curves = values("payment", options, algorithm, f"curve_{column}")
+                cells += [f"{curves[:, place].mean():.2f}" for place in which.values()]
+            lines.append(line_of(label, algorithm, *cells))
     return "\n".join(lines)
+
+
+def successful():
+    """A Markdown table of the steps of the episodes that succeed, with MAPPO and with IPPO."""
+    lines = [line_of("steps of successful episodes", "MAPPO", "IPPO", "difference")]
+    lines.append(line_of(*["---"] * 4))
+    tables = {"both": {"": "3 robots, defaults"}, "payment": {TEAM_PAID: "8 robots, team paid"}}
+    for name, labels in tables.items():
+        for options, label in labels.items():
+            found = []
+            for algorithm in ("MAPPO", "IPPO"):
+                runs = at_end(name, options, algorithm)
+                failed = 1 - runs["success_rate"]
+                found.append((runs["episode_length"] - 100 * failed) / (1 - failed))
+            cells = [f"{steps.mean():.1f}" for steps in found]
+            lines.append(line_of(label, *cells, difference(*found, "episode_length")))
+    return "\n".join(lines)
+
+
+def shares():
+    """A Markdown table of the reward as a share of what could be earned on the whole way."""
+    lines = [line_of("", "attainable", "MAPPO", "IPPO"), line_of(*["---"] * 4)]
+    places = {"": ("flag", "3 robots, defaults")}
+    places |= {options: ("teams", f"{label}, thorough") for options, label in TEAMS.items()}
+    places[TEAM_PAID] = ("payment", "8 robots that cannot collide, team paid")
+    places[TRANSPORT] = ("transport", "reverse_transport, 40 iterations")
+    for options, (name, label) in places.items():
+        [whole] = values("attainable", options, ATTAINABLE, "episode_reward")
+        found = [
+            values(name, options, algorithm, "episode_reward").mean() / whole
+            for algorithm in ("MAPPO", "IPPO")
+        ]
+        lines.append(line_of(label, f"{whole:.2f}", *(f"{100 * share:.0f}%" for share in found)))
+    return "\n".join(lines)
+
+
+def turns_of(rows, table):
+    """The rows of one speed table: {(name, algorithm): seconds for each turn, over the amount}."""
+    found = {}
+    for row in rows:
+        if row["table"] == table:
+            each = float(row["seconds"]) / float(row["amount"])
+            found.setdefault((row["name"], row["algorithm"]), []).append(each)
+    return {key: np.array(turns) for key, turns in found.items()}
+
+
+def ratio(these, those):
+    """The median of `these` over `those`, turn by turn, with the lowest and the highest."""
+    ratios = these / those
+    return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+
+
+def speed_of_trainings(rows):
+    """A Markdown table of whole trainings by the recipes, in iterations with the defaults."""
+    turns = turns_of(rows, "trainings")
+    iteration = turns.pop(("defaults", "MAPPO"))
+    lines = [line_of("whole trainings", "algorithm", "seconds, median", "default iterations")]
+    lines.append(line_of(*["---"] * 4))
+    for (name, algorithm), taken in turns.items():
+        lines.append(line_of(name, algorithm, f"{np.median(taken):.1f}", ratio(taken, iteration)))
+    return "\n".join(lines)
+
+
+def speed_of_steps(rows):
+    """A Markdown table of a gradient step by the script and in bare PyTorch."""
+    turns = turns_of(rows, "steps")
+    bare = turns["the same in bare PyTorch", "MAPPO"]
+    lines = [line_of("a gradient step", "milliseconds, median", "times the bare one")]
+    lines.append(line_of(*["---"] * 3))
+    for (name, _), taken in turns.items():
+        lines.append(line_of(name, f"{1000 * np.median(taken):.2f}", ratio(taken, bare)))
+    return "\n".join(lines)
+
+
+def speed_of_collection(rows):
+    """A Markdown table of the collector and of the simulator alone, with random actions."""
+    turns = turns_of(rows, "collection")
+    lines = [
+        line_of("environments", "frames per second", "VMAS alone, random actions", "times as long")
+    ]
+    lines.append(line_of(*["---"] * 4))
+    for name in [name for name, _ in turns if "," not in name]:
+        ours, alone = turns[name, "MAPPO"], turns[f"{name}, VMAS alone", "MAPPO"]
+        speeds = [f"{1 / np.median(taken):,.0f}" for taken in (ours, alone)]
+        lines.append(line_of(name, *speeds, ratio(ours, alone)))
+    return "\n".join(lines)
+
+
+SPEED_TABLES = {
+    "speed-of-trainings": speed_of_trainings,
+    "speed-of-steps": speed_of_steps,
+    "speed-of-collection": speed_of_collection,
+}
+
+
+def make_table(name):
+    """The table that study/README.md calls `name`, in Markdown."""
+    if name in TABLES:
+        return table(name)
+    if name in SPEED_TABLES:
+        return SPEED_TABLES[name](read_rows(SPEED))
+    others = {
+        "critics": critics,
+        "successful": successful,
+        "shares": shares,
+        "own-critics": own_critics,
+        "lasting": lasting,
+        "arrivals": arrivals,
+        "ends": ends,
+        "told-eight": told_eight,
+        "told-long": told_long,
+        "hurried": hurried,
+        "sharing": sharing,
+        "processes": processes,
+        "transport": transport,
+    }
+    return others[name]()
 
 
 def with_tables(text):
     """A README's text with the tables between <!-- table:NAME --> and <!-- /table --> made anew."""
-
-    def made(found):
-        name = found[1]
-        if name in TABLES:
-            made_table = table(name)
-        elif name.startswith("critics-"):
-            made_table = critics(name.removeprefix("critics-"))
-        else:
-            others = {"lasting": lasting, "arrivals": arrivals, "ends": ends, "sharing": sharing}
-            others |= {"own-critics": own_critics, "transport": transport}
-            made_table = others[name]()
-        return f"<!-- table:{name} -->\n{made_table}\n<!-- /table -->"
-
-    return re.sub(r"<!-- table:([\w-]+) -->.*?<!-- /table -->", made, text, flags=re.DOTALL)
+    return re.sub(
+        r"<!-- table:([\w-]+) -->.*?<!-- /table -->",
+        lambda found: f"<!-- table:{found[1]} -->\n{make_table(found[1])}\n<!-- /table -->",
+        text,
+        flags=re.DOTALL,
+    )
 
 
 # ---------------------------------------------------------------------------------------- figures
 
 
+def draw_marks(axes, place, runs, algorithm, **label):
+    """A mark for each run beside one another, so that equal ones can be counted, and their mean.
+
+    MAPPO's marks are filled and IPPO's are open, which shows in print, too.
+    """
+    inside = COLOR[algorithm] if algorithm == "MAPPO" else "white"
+    where = place + np.linspace(-0.09, 0.09, len(runs))
+    style = {"color": COLOR[algorithm], "markerfacecolor": inside, "markersize": 5}
+    axes.plot(where, runs, MARKER[algorithm], **style, **label)
+    axes.hlines(runs.mean(), place - 0.14, place + 0.14, color="black", linewidth=2)
+
+
 def draw_pairs(axes, name, column):
     """One column of an experiment: a mark for each run, a line between the two of a seed."""
     for place, options in enumerate(TABLES[name]):
-        runs = {one: values(name, options, one, column) for one in ("MAPPO", "IPPO")}
-        for ours, theirs in zip(runs["MAPPO"], runs["IPPO"], strict=True):
-            axes.plot([place - 0.2, place + 0.2], [ours, theirs], color="lightgray", zorder=0)
-        for algorithm, shift in (("MAPPO", -0.2), ("IPPO", 0.2)):
-            where = [place + shift] * len(runs[algorithm])
-            marker, color = MARKER[algorithm], COLOR[algorithm]
-            axes.plot(where, runs[algorithm], marker, color=color, alpha=0.6, label=algorithm)
-            axes.hlines(runs[algorithm].mean(), where[0] - 0.12, where[0] + 0.12, color="black")
+        ours, theirs = (values(name, options, one, column) for one in ("MAPPO", "IPPO"))
+        shift = np.linspace(-0.09, 0.09, len(ours))
+        for one, other, beside in zip(ours, theirs, shift, strict=True):
+            where = [place - 0.22 + beside, place + 0.22 + beside]
+            axes.plot(where, [one, other], color="lightgray", linewidth=1, zorder=0)
+        draw_marks(axes, place - 0.22, ours, "MAPPO", label="MAPPO, a run")
+        draw_marks(axes, place + 0.22, theirs, "IPPO", label="IPPO, a run")
     axes.set_xticks(range(len(TABLES[name])), TABLES[name].values())
     axes.set_xlim(-0.5, len(TABLES[name]) - 0.5)
     axes.grid(axis="y", alpha=0.3)
 
 
-def draw_comparison(name, what, steps):
-    """An experiment's success rate and steps, as study/NAME.png.
+def draw_comparison(name, what):
+    """An experiment's success rate and steps, as study/NAME.png; `what` says what its options are.
 
-    `what` says what its options are; `steps` are the limits of the axis of the steps.
+    Runs of one seed are joined by a line.
     """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_pairs(left, name, "success_rate")
     left.set(ylabel="success rate", ylim=(-0.03, 1.05))
     draw_pairs(right, name, "episode_length")
-    right.set(ylabel="steps until all are at their goals", ylim=steps)
+    right.set(ylabel=STEPS, ylim=(30, 102))
     for axes in (left, right):
         axes.set_xlabel(what)
     handles, labels = left.get_legend_handles_labels()
-    left.legend(handles[:2], labels[:2], loc="lower right")
+    handles = [*handles[:2], left.plot([], [], color="black", linewidth=2)[0]]
+    handles.append(left.plot([], [], color="lightgray")[0])
+    labels = [*labels[:2], "mean", "the same seed"]
+    figure.legend(handles, labels, loc="outside upper center", ncols=4)
     figure.savefig(STUDY / f"{name}.png", dpi=120)
 
 
 def draw_flag():
-    """The success rate in training, MAPPO and IPPO with the defaults: study/flag.png."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.subplots()
+    """The success rate while learning and after it, with the defaults: study/flag.png."""
+    figure = Figure(figsize=(8, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
     for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
         curves = values("flag", "", algorithm, "curve_success_rate")
-        ends = values("flag", "", algorithm, "success_rate")
         frames = 6000 * np.arange(1, curves.shape[1] + 1)
         color = COLOR[algorithm]
-        axes.plot(frames, curves.T, line, color=color, linewidth=0.6, alpha=0.5)
+        left.plot(frames, curves.T, line, color=color, linewidth=0.6, alpha=0.5)
         label = f"{algorithm}, mean of {len(curves)} runs"
-        axes.plot(frames, curves.mean(axis=0), line, color=color, linewidth=2.5, label=label)
-        where = frames[-1] + (1500 if algorithm == "MAPPO" else 3000)
-        axes.plot([where] * len(ends), ends, MARKER[algorithm], color=color, alpha=0.5)
-    axes.plot([], [], "o", color="gray", label="deterministic, after training")
-    axes.set(xlabel="frames", ylabel="success rate, actions drawn", ylim=(-0.03, 1.03))
-    axes.legend(loc="upper left")
+        left.plot(frames, curves.mean(axis=0), line, color=color, linewidth=2.5, label=label)
+        place = 0 if algorithm == "MAPPO" else 1
+        draw_marks(right, place, values("flag", "", algorithm, "success_rate"), algorithm)
+    left.set(title="while learning: actions are drawn", xlabel="frames")
+    left.set(ylabel="success rate", ylim=(-0.03, 1.03))
+    left.legend(loc="upper left")
+    left.grid(axis="y", alpha=0.3)
+    right.set(title="after it: deterministic", xlim=(-0.5, 1.5))
+    right.set_xticks([0, 1], ["MAPPO", "IPPO"])
+    right.grid(axis="y", alpha=0.3)
     figure.savefig(STUDY / "flag.png", dpi=120)
 
 
-def draw_lasting():
-    """Success rate and reward at the stops of the long runs: study/lasting.png."""
+def draw_over_time(name, options, columns):
+    """Runs that were evaluated on their way, over their iterations, as study/NAME.png.
+
+    `columns` says which two columns of an evaluation it shows: {column: (what it is, its limits)}.
+    """
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    iterations = STOPPED_AFTER["--n-iters 50"]
-    for axes, column in ((left, "success_rate"), (right, "episode_reward")):
+    both = figure.subplots(1, 2)
+    iterations = STOPPED_AFTER[options]
+    for axes, (column, (ylabel, ylim)) in zip(both, columns.items(), strict=True):
         for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
-            runs = values("lasting", "--n-iters 50", algorithm, f"stops_{column}")
+            runs = values(name, options, algorithm, f"stops_{column}")
             color, marker = COLOR[algorithm], MARKER[algorithm]
             axes.plot(iterations, runs.T, line, color=color, linewidth=0.6, alpha=0.5)
             label = f"{algorithm}, mean of {len(runs)} runs"
             style = {"color": color, "linewidth": 2.5, "marker": marker, "label": label}
             axes.plot(iterations, runs.mean(axis=0), line, **style)
-        axes.axvline(10, color="gray", linestyle=":", zorder=0)
-        axes.set_xlabel("iterations of 6000 frames (dotted: a default run)")
-    left.set(ylabel="success rate, deterministic policy", ylim=(-0.03, 1.03))
-    right.set(ylabel="reward per agent", ylim=(0, 3.4))
-    left.legend(loc="center right")
-    figure.savefig(STUDY / "lasting.png", dpi=120)
+        axes.set(xlabel="iterations", ylabel=ylabel, ylim=ylim)
+        axes.grid(axis="y", alpha=0.3)
+    both[0].legend(loc="center right")
+    figure.savefig(STUDY / f"{name}.png", dpi=120)
+
+
+def draw_variants(name, variants, columns):
+    """Variants of a run, a mark for each run, as study/NAME.png.
+
+    `variants` are pairs of a label and evaluations; `columns` as in `draw_over_time`.
+    """
+    figure = Figure(figsize=(8, 0.9 + 0.5 * len(variants)), layout="constrained")
+    both = figure.subplots(1, 2, sharey=True)
+    for axes, (column, (xlabel, xlim)) in zip(both, columns.items(), strict=True):
+        for place, (label, found) in enumerate(variants):
+            algorithm = "IPPO" if label.startswith("IPPO") else "MAPPO"
+            inside = COLOR[algorithm] if algorithm == "MAPPO" else "white"
+            runs = found[column]
+            where = place + np.linspace(-0.2, 0.2, len(runs))
+            style = {"color": COLOR[algorithm], "markerfacecolor": inside, "markersize": 5}
+            axes.plot(runs, where, MARKER[algorithm], **style)
+            axes.vlines(runs.mean(), place - 0.3, place + 0.3, color="black", linewidth=2)
+        axes.set(xlabel=xlabel, xlim=xlim)
+        axes.grid(axis="x", alpha=0.3)
+    labels = [textwrap.fill(label, 34) for label, _ in variants]
+    both[0].set_yticks(range(len(variants)), labels)
+    both[0].set_ylim(len(variants) - 0.5, -0.5)  # the first on top
+    figure.savefig(STUDY / f"{name}.png", dpi=120)
+
+
+def draw_figures():
+    """All figures of study/README.md, from the rows."""
+    draw_flag()
+    draw_comparison("payment", "what each of 8 robots is paid for")
+    draw_comparison("epochs", "passes over each batch")
+    draw_comparison("recipes", "recipe")
+    draw_comparison("teams", "size of the team, thorough recipe")
+    success = ("success rate, deterministic policy", (-0.03, 1.03))
+    reward = ("reward per agent, deterministic policy", (0, 3.4))
+    columns = {"success_rate": success, "episode_reward": reward}
+    draw_over_time("lasting", "--n-iters 50", columns)
+    columns = {
+        "success_rate": success,
+        "episode_length": ("steps (a failed episode counts as 200)", (40, 125)),
+    }
+    draw_over_time("transport", TRANSPORT, columns)
+    columns = {
+        "success_rate": ("success rate", (-0.03, 1.05)),
+        "episode_length": (STEPS, (50, 102)),
+    }
+    draw_variants("told", told_with_eight(), columns)
+    draw_variants("sharing", shared_or_not(), columns)
 
 
 if __name__ == "__main__":
@@ -648,15 +952,6 @@ if __name__ == "__main__":
         sys.exit(1 if run_missing(arguments.experiments or list(EXPERIMENTS)) else 0)
     if arguments.command == "report":
         README.write_text(with_tables(README.read_text("utf-8")), encoding="utf-8")
-        draw_comparison("payment", "what each of 8 robots is paid for", (40, 100))
-        draw_comparison("recipes", "recipe", (40, 100))
-        draw_comparison("teams", "size of the team, thorough recipe", (30, 100))
-        draw_flag()
-        draw_lasting()
+        draw_figures()
     if arguments.command == "coverage":
-        for column in EVALUATION:
-            both = [
-                np.concatenate([values(name, "", one, column) for name in ("flag", "fresh")])
-                for one in ("MAPPO", "IPPO")
-            ]
-            print(f"{column}: {coverage(both[0] - both[1]):.3f}")
+        print_coverage()
