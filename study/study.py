@@ -41,10 +41,11 @@ RUN = ["experiment", "options", "algorithm", "seed"]
 EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
 CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
 ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]  # see CHANGES
+SLOPE = "value_slope"
 STOPS = [f"stops_{name}" for name in EVALUATION]  # the evaluation at each stop, where there are any
 UNTRAINED = [f"untrained_{name}" for name in EVALUATION]  # not in the first rows
 COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES), *STOPS]
-COLUMNS += [*(f"curve_{name}" for name in ARRIVALS), *UNTRAINED]
+COLUMNS += [*(f"curve_{name}" for name in ARRIVALS), *UNTRAINED, f"curve_{SLOPE}"]
 DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
 BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
 DIGITS |= dict.fromkeys(ARRIVALS, 2)
@@ -96,6 +97,7 @@ critic_network = ToldNetwork("""
 # A few runs are of the script with a piece of its text replaced, or are started in another way. The
 # comment at the end of their options says so: a shell does not read it, and results.csv shows it.
 MEASURED = "arrivals measured"
+SLOPES = "slopes measured"
 NO_ENDS = "arrivals do not end an episode"
 TWO_PROCESSES = "two processes"
 TWO_THREADS = "two threads"
@@ -112,6 +114,26 @@ CHANGES = {
     row["value_at_arrival"] = batch["agents", "state_value"][ended].mean().item()
     row["reward_at_arrival"] = batch["next", "agents", "reward"][ended].mean().item()
     row["advantage_at_arrival"] = batch["advantage"][ended].mean().item() / row["advantage_std"]
+    row["seconds"] = """,
+    ),
+    # By how much the critic's value of a robot falls if that robot alone were nearer to its goal, for
+    # each unit of the way; a mean over all frames in which it is farther than 0.1.
+    SLOPES: (
+        """
+    row["seconds"] = """,
+        """
+    seen = batch["agents", "observation"]
+    slopes = []
+    for robot in range(env.n_agents):
+        way = seen[..., robot, 4:6]
+        step = 0.05 * way / way.norm(dim=-1, keepdim=True)
+        nearer = seen.clone()
+        nearer[..., robot, 0:2] -= step
+        nearer[..., robot, 4:6] -= step
+        with torch.no_grad():
+            fall = (critic_network(seen) - critic_network(nearer))[..., robot, 0]
+        slopes.append(fall[way.norm(dim=-1) > 0.1] / 0.05)
+    row["value_slope"] = torch.cat(slopes).mean().item()
     row["seconds"] = """,
     ),
     # One number more for the critic: of the way to the goal (the numbers 4 and 5 of an observation)
@@ -143,6 +165,8 @@ OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
 ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
 TOLD_LONG = {f"--n-iters 20 # {change}": label for change, label in ONE_NUMBER.items()}
 TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
+# Without bootstrapping (but where an episode is cut off), what a critic sees can only be noise.
+UNBOOTSTRAPPED = [f"{EIGHT} {SHARED} --lmbda 1", "--lmbda 1 --n-iters 20"]
 # Do the runs of IPPO that fell behind in "recipes" and "teams" do so for the same reason?
 HURRIED = {
     f"{options} # {change}": f"{name}, {change}"
@@ -190,6 +214,12 @@ EXPERIMENTS = {
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
     "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, *TOLD_LONG) for seed in range(10)],
+    "slopes": [
+        *pairs(f"--n-iters 10 # {SLOPES}"),
+        *pairs(f"{TEAM_PAID} # {SLOPES}"),
+        *pairs(f"{EACH_PAID} # {SLOPES}"),
+    ],
+    "unbootstrapped": [run for options in UNBOOTSTRAPPED for run in pairs(options)],
     "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
     "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
     "transport": pairs(TRANSPORT),
@@ -199,7 +229,7 @@ EXPERIMENTS = {
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER |= dict.fromkeys(TOLD_LONG, (10, 15, 20))
+STOPPED_AFTER |= dict.fromkeys([*TOLD_LONG, UNBOOTSTRAPPED[1]], (10, 15, 20))
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -305,7 +335,7 @@ def train(experiment, options, algorithm, seed, threads=1):
         row[name] = numbers[-1] if numbers else ""
         row[f"stops_{name}"] = " ".join(numbers) if stops else ""
     row["training_seconds"] = f"{sum(float(line['seconds']) for line in rows):.1f}"
-    for name in [*CURVES, *ARRIVALS]:
+    for name in [*CURVES, *ARRIVALS, SLOPE]:
         numbers = [f"{float(line[name] or 'nan'):.4f}" for line in rows if name in line]
         row[f"curve_{name}"] = " ".join(numbers)
     return row
