@@ -116,8 +116,8 @@ CHANGES = {
     row["advantage_at_arrival"] = batch["advantage"][ended].mean().item() / row["advantage_std"]
     row["seconds"] = """,
     ),
-    # By how much the critic's value of a robot falls if that robot alone were nearer to its goal, for
-    # each unit of the way; a mean over all frames in which it is farther than 0.1.
+    # By how much the critic's value of a robot falls if that robot alone were nearer to its goal,
+    # for each unit of the way; a mean over all frames in which it is farther than 0.1.
     SLOPES: (
         """
     row["seconds"] = """,
@@ -225,7 +225,7 @@ EXPERIMENTS = {
     "transport": pairs(TRANSPORT),
     "unsolved": pairs(GIVE_WAY, seeds=[0]),
     # No run, but how much all robots together could earn in the episodes of the evaluation.
-    "attainable": [(options, ATTAINABLE, 12345) for options in ("", *TEAMS, TEAM_PAID, TRANSPORT)],
+    "attainable": [(options, ATTAINABLE, 12345) for options in ("", *TEAMS, TEAM_PAID)],
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
@@ -275,21 +275,17 @@ def with_success(measured):
 def attainable(options, seed):
     """The mean reward per agent that could be earned in the episodes of the evaluation.
 
-    The way that all robots, or the package, have to go, as the scenario pays for it, down to the
-    last of it. An episode ends before: in navigation, up to 0.10 of each robot's way are left.
+    In navigation, the way that all robots have to go. An episode ends before its last bit is paid:
+    up to 0.10 of each robot's way are left.
     """
     parser = argparse.ArgumentParser()
-    parser.add_argument("--scenario-name", default="navigation")
     parser.add_argument("--scenario-options", type=json.loads, default={})
     parser.add_argument("--n-agents", type=int, default=3)
     given = parser.parse_known_args(shlex.split(options, comments=True))[0]
     scenario = {"n_agents": given.n_agents, **given.scenario_options}
-    env = VmasEnv(given.scenario_name, num_envs=200, seed=seed, scenario_kwargs=scenario)
+    env = VmasEnv("navigation", num_envs=200, seed=seed, scenario_kwargs=scenario)
     env.reset()  # as the evaluation does
-    world = env._env.scenario
-    if given.scenario_name == "reverse_transport":
-        return world.package.global_shaping.mean().item()
-    return sum(agent.pos_shaping.mean().item() for agent in world.world.agents)
+    return sum(agent.pos_shaping.mean().item() for agent in env._env.agents)
 
 
 def train(experiment, options, algorithm, seed, threads=1):
@@ -720,7 +716,6 @@ def shares():
     places = {"": ("flag", "3 robots, defaults")}
     places |= {options: ("teams", f"{label}, thorough") for options, label in TEAMS.items()}
     places[TEAM_PAID] = ("payment", "8 robots that cannot collide, team paid")
-    places[TRANSPORT] = ("transport", "reverse_transport, 40 iterations")
     for options, (name, label) in places.items():
         [whole] = values("attainable", options, ATTAINABLE, "episode_reward")
         found = [
