@@ -374,7 +374,7 @@ def run_missing(names):
                 print(error, file=sys.stderr, flush=True)
             else:
                 add_result(row)
-                text = ", ".join(str(row[name]) for name in [*RUN, *EVALUATION])
+                text = ", ".join(str(row[name]) for name in [*RUN, *EVALUATION] if name in row)
                 print(f"{number} of {len(missing)}: {text}", flush=True)
     finally:
         pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not begin the runs that still wait
