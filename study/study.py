@@ -166,7 +166,8 @@ ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
 TOLD_LONG = {f"--n-iters 20 # {change}": label for change, label in ONE_NUMBER.items()}
 TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
 # Without bootstrapping (but where an episode is cut off), what a critic sees can only be noise.
-UNBOOTSTRAPPED = [f"{EIGHT} {SHARED} --lmbda 1", "--lmbda 1 --n-iters 20"]
+UNBOOTSTRAPPED_EIGHT = f"{EIGHT} {SHARED} --lmbda 1"
+UNBOOTSTRAPPED_LONG = "--lmbda 1 --n-iters 20"
 # Do the runs of IPPO that fell behind in "recipes" and "teams" do so for the same reason?
 HURRIED = {
     f"{options} # {change}": f"{name}, {change}"
@@ -219,7 +220,10 @@ EXPERIMENTS = {
         *pairs(f"{TEAM_PAID} # {SLOPES}"),
         *pairs(f"{EACH_PAID} # {SLOPES}"),
     ],
-    "unbootstrapped": [run for options in UNBOOTSTRAPPED for run in pairs(options)],
+    "unbootstrapped": [
+        *pairs(UNBOOTSTRAPPED_EIGHT),
+        *((UNBOOTSTRAPPED_LONG, "IPPO", seed) for seed in range(10)),
+    ],
     "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
     "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
     "transport": pairs(TRANSPORT),
@@ -229,7 +233,7 @@ EXPERIMENTS = {
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER |= dict.fromkeys([*TOLD_LONG, UNBOOTSTRAPPED[1]], (10, 15, 20))
+STOPPED_AFTER |= dict.fromkeys([*TOLD_LONG, UNBOOTSTRAPPED_LONG], (10, 15, 20))
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
