@@ -219,6 +219,8 @@ EXPERIMENTS = {
         *pairs(f"--n-iters 10 # {SLOPES}"),
         *pairs(f"{TEAM_PAID} # {SLOPES}"),
         *pairs(f"{EACH_PAID} # {SLOPES}"),
+        *((f"{options} + {SLOPES}", "IPPO", seed) for options in TOLD_EIGHT for seed in range(10)),
+        *((f"--n-iters 15 # {SLOPES}", "IPPO", seed) for seed in range(10)),
     ],
     "unbootstrapped": [
         *pairs(UNBOOTSTRAPPED_EIGHT),
@@ -259,16 +261,20 @@ TABLES = {
 
 def script_for(options, folder):
     """The script that `options` ask for: the project's, or a changed copy of it in `folder`."""
-    change = options.partition("# ")[2]
-    if change in ("", TWO_PROCESSES, TWO_THREADS):
-        return SCRIPT
-    old, new = CHANGES[change]
     text = SCRIPT.read_text("utf-8")
-    if text.count(old) != 1:
-        raise RuntimeError(f"{change}: {SCRIPT.name} must hold the text to be replaced once: {old}")
-    changed = Path(folder, SCRIPT.name)
-    changed.write_text(text.replace(old, new), encoding="utf-8")
-    return changed
+    changed = text
+    for change in options.partition("# ")[2].split(" + "):
+        if change in ("", TWO_PROCESSES, TWO_THREADS):
+            continue
+        old, new = CHANGES[change]
+        if changed.count(old) != 1:
+            raise RuntimeError(f"{change}: {SCRIPT.name} must hold this once: {old}")
+        changed = changed.replace(old, new)
+    if changed == text:
+        return SCRIPT
+    script = Path(folder, SCRIPT.name)
+    script.write_text(changed, encoding="utf-8")
+    return script
 
 
 def with_success(measured):
