@@ -510,16 +510,17 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 #     MAPPO    V_i = V(o_1, o_2, ..., o_n)     n_agents × n_obs numbers (54), one input for all i
 #
 # May a critic see what the policy does not? It may. It is not there when the robots drive; and what
-# is subtracted from a return, a *baseline*, leaves the expected policy gradient as it is, whatever it
-# depends on, as long as that is not the very action that is judged.
+# is subtracted from a return, a *baseline*, leaves the expected policy gradient as it is, whatever
+# it depends on, as long as that is not the very action that is judged.
 #
 # What can a wider view be good for? Most of the reward here is the progress of the whole team. What
 # the *others* are about to earn, a robot's critic cannot see; it has to guess it from what it sees,
 # its own robot. MAPPO's critic sees where all robots are and how far from their goals. So a wider
-# view should help as far as an agent's return depends on what that agent cannot see, and no further.
-# One keyword of the scenario tests this: with `"shared_rew": False` each robot is paid for its *own*
-# progress. Eight robots, ten seeds, 60,000 frames, evaluated as in Section 7, all else the same
-# (README.md, experiments 2 and 3, has the commands; *steps* count 100 where an episode fails):
+# view should help as far as an agent's return depends on what that agent cannot see, and no
+# further. One keyword of the scenario tests this: with `"shared_rew": False` each robot is paid for
+# its *own* progress. Eight robots, ten seeds, 60,000 frames, evaluated as in Section 7, all else
+# the same (README.md, experiments 2 and 3, has the commands; *steps* count 100 where an episode
+# fails):
 #
 # | what each robot is paid for | success: MAPPO | IPPO | steps: MAPPO | IPPO |
 # |---|---|---|---|---|
@@ -530,22 +531,23 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 # apart, none gains by it. Note that the reward did more for IPPO than the critic: it went from 75
 # steps to 53, against 64.
 #
-# Nor need the view be wide. Give IPPO's critic *one* number more, how far the other robots still have
-# to go in sum: success is 1.00 in each of ten runs, in 58.6 steps, better than MAPPO's critic with all
-# 48 numbers (here a robot observes 6, as without collisions it needs no lidar). So ask of a task which
-# part of an agent's return depends on what *this* agent cannot see, and show its critic that. What
-# happens where it is not shown, Section 5 explains once it has the formula of the advantage.
+# Nor need the view be wide. Give IPPO's critic *one* number more, how far the other robots still
+# have to go in sum: success is 1.00 in each of ten runs, in 58.6 steps, better than MAPPO's critic
+# with all 48 numbers (here a robot observes 6, as without collisions it needs no lidar). So ask of
+# a task which part of an agent's return depends on what *this* agent cannot see, and show its
+# critic that. What happens where it is not shown, Section 5 explains once it has the formula of the
+# advantage.
 #
 # What a centralised critic does not do:
 #
 # - It does not make the world stationary: the others' policies still change.
 # - It assigns no credit. It sees observations and no actions, so it says how well the team stands,
-#   not who made it so. (Other methods try to: COMA, Foerster et al. 2018, arXiv:1705.08926, compares
-#   with what the other actions of an agent would have brought.)
-# - It does not always pay. Its input grows with the team, and much of it may not matter to an agent:
-#   see above. And where advantages rest on bootstrapped values (Section 5), it can make the policy
-#   gradient *noisier*: it passes on what the others happen to observe, which a local critic averages
-#   out (Lyu et al. 2021, arXiv:2102.04402).
+#   not who made it so. (Other methods try to: COMA, Foerster et al. 2018, arXiv:1705.08926,
+#   compares with what the other actions of an agent would have brought.)
+# - It does not always pay. Its input grows with the team, and much of it may not matter to an
+#   agent: see above. And where advantages rest on bootstrapped values (Section 5), it can make the
+#   policy gradient *noisier*: it passes on what the others happen to observe, which a local critic
+#   averages out (Lyu et al. 2021, arXiv:2102.04402).
 #
 # With `share_parameters_critic` one network serves all agents. For MAPPO that means one input and
 # one network, hence *the same value for every agent*: a value of the team's situation. That fits a
@@ -610,16 +612,17 @@ replay_buffer = ReplayBuffer(
 # %% [markdown]
 # ### Advantages
 # How much better than expected was agent i's action at step t? *Generalised advantage estimation*
-# (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's surprises from there on, with V_i(t)
-# for the value of the observation before step t, and V_i(t+1) for that of the one it led to, under
-# `"next"`, never from the next row, which may be the first of another episode:
+# (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's errors of prediction from there on,
+# with V_i(t) for the value of the observation before step t, and V_i(t+1) for that of the one it
+# led to, under `"next"`, never from the next row, which may be the first of another episode:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i(t+1) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
 #     target     = A_i(t) + V_i(t)                            what the critic is to learn
 #
-# With lmbda = 0 one reward counts, then the critic's word; with 1 all rewards of the episode do,
-# with all their chance. The flags are the team's and the values each agent's. `MultiAgentGAE` lends
+# With lmbda = 0 one reward counts, and V_i(t+1) stands in for all that come later (*bootstrapping*:
+# little variance, but all of the critic's bias); with 1 the rewards of the whole episode count (no
+# bias, much variance). The flags are the team's and the values each agent's. `MultiAgentGAE` lends
 # the flags to every agent; ordinary GAE would ask for the same shapes. A "done" stops the sum. Only
 # a "terminated" also sets the next value to zero, see Section 2. An episode that the end of the
 # batch cuts off is treated like one whose time is up: the sum stops, and the critic's value stands
@@ -628,14 +631,63 @@ replay_buffer = ReplayBuffer(
 # With MAPPO's shared critic all robots have one value, and here nearly one reward, so in a frame
 # their advantages are nearly one number. How does a robot learn what *it* did right? Only over many
 # frames: its own action shifts that number in the same way each time, what the others did shifts it
-# up and down, and in the mean over thousands of frames their part cancels out. That works for three
-# robots; with many, it may be why a team paid as one learns slowly.
+# up and down, and in the mean over thousands of frames their part cancels out.
 
 # %%
 estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
 estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
 
 # %% [markdown]
+# *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
+#
+# ### What the critic's view does to the advantage
+# The formula uses the critic twice. V_i(t) is a *baseline*: where it is wrong, it is equally wrong
+# for every action, and that cancels. V_i(t+1) is *bootstrapped*: it depends on where the action
+# led, so where it is wrong, the action is credited or charged with the error, and that does not
+# cancel.
+#
+# What can be wrong with it? Robots drive home side by side. So to a critic that sees one robot, a
+# robot near its goal is the sign of a team that is nearly done: as this one comes nearer, it
+# expects less of *all*, though only one has moved. By how much less was measured in a run's last
+# batch, by moving one robot alone in what the critic sees (the eight robots of Section 4, ten more
+# runs of each kind; study/README.md, "Is one number enough?"):
+#
+# | paid | what the critic of a robot sees | its value falls, per unit nearer, by | success | steps |
+# |---|---|---|---|---|
+# | for itself | its observation (IPPO) | 0.64 | 1.00 | 53.1 |
+# | as a team | all observations (MAPPO) | 0.10 | 1.00 | 64.2 |
+# | as a team | its own, and how far the others have to go | 0.24 | 1.00 | 58.6 |
+# | as a team | its own (IPPO) | 1.01 | 0.89 | 74.6 |
+# | as a team | its own, and how far its robot has to go | 2.16 | 0.00 | 100.0 |
+#
+# By how much *should* it fall? A robot that is one unit nearer has one unit less to earn, later:
+# 0.64 by the first row, whose critic predicts nearly all returns. A critic that takes off more
+# charges each step home with more than it costs, until going home looks like a loss. IPPO's does
+# where the team is paid, and more so if it is even given its own robot's way as a number: then all
+# ten runs fail. MAPPO's takes off too little. That is wrong, too, but it errs on the side of going.
+#
+# The sharpest case is the step that ends the episode. In the default runs' last batch, IPPO's
+# critic expected 0.59 just before the last robot arrived, in the mean, where 0.01 came (MAPPO's
+# expected 0.28):
+#
+#     it arrives               delta = 0.01 + 0           - 0.59 = -0.58
+#     it stops short of it     delta = 0    + 0.99 × 0.59 - 0.59 = -0.01
+#
+# *Success looks like a loss*, and PPO makes it less likely. So IPPO learns the task of this file
+# and then unlearns it, with every one of ten seeds (success rates of the same runs, evaluated on
+# their way):
+#
+# | after | 10 iterations | 15 | 20 | 50 |
+# |---|---|---|---|---|
+# | MAPPO | 0.95 | 0.98 | 0.99 | 0.98 |
+# | IPPO | 0.87 | 0.05 | 0.00 | 0.01 |
+# | IPPO, told how far the others have to go | 0.98 | 0.99 | 0.99 | |
+#
+# What to do about it, if the critic cannot be shown more? After 15 iterations IPPO has a success
+# rate of 0.96 if arrivals are bootstrapped, too, as if they ended nothing; 1.00 if each robot is
+# paid for itself; 1.00 with gamma = 0.9, where the value reaches only ten steps or so ahead and
+# little of the others' progress is in it. @@LAMBDA@@
+#
 # ### Loss and optimizer
 # With theta for the policy's weights, agent i has a probability ratio of its own in each frame, and
 # the objective is the mean over frames and agents of the smaller of two terms:
@@ -961,16 +1013,16 @@ seed_iteration(len(history))
 # ## 6. Training loop
 # *What to expect.* Each iteration collects a batch, estimates its advantages once, with the critic
 # as it is now, and goes through the batch num_epochs times. The robots first learn to drive roughly
-# towards their goals, within a few iterations, and then to stop there: while the reward soon changes
-# little, the success rate is what still rises. With ten seeds, the evaluation of Section 7 gave
-# success rates of 0.95 for MAPPO (worst run 0.92) and 0.87 for IPPO (worst run 0.70); the success
-# rate that the progress bar shows is lower, see Question 7. MAPPO and IPPO with the same seed start
-# from the same policy and learn from the same first batch. A run takes one or two minutes on two CPU
-# cores.
+# towards their goals, within a few iterations, and then to stop there: while the reward soon
+# changes little, the success rate is what still rises. With ten seeds, the evaluation of Section 7
+# gave success rates of 0.95 for MAPPO (worst run 0.92) and 0.87 for IPPO (worst run 0.70); the
+# success rate that the progress bar shows is lower, see Question 7. MAPPO and IPPO with the same
+# seed start from the same policy and learn from the same first batch. A run takes one or two
+# minutes on two CPU cores.
 #
 # The hyperparameters are those of TorchRL's own tutorial for this task, which makes the results
-# comparable. They are no optimum: study/README.md explains two recipes, value by value; with MAPPO one
-# reaches 0.98 in an eighth of the training time, the other 0.99 in a fifth.
+# comparable. They are no optimum: study/README.md explains two recipes, value by value; with MAPPO
+# one reaches 0.98 in an eighth of the training time, the other 0.99 in a fifth.
 #
 # *What is measured.* `measure` looks at the first episode of each environment only, from its start
 # to its first "done". A later one has only the rest of the batch, too short for a slow success, so
@@ -1089,7 +1141,7 @@ for iteration in progress:
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", share)})
 
 # %% [markdown]
-# *Does success look like a loss?* (Section 4.) After the loop, `batch` is the last batch. What did
+# *Does success look like a loss?* (Section 5.) After the loop, `batch` is the last batch. What did
 # the critic expect just before the step in which the last robot arrived, what came with that step,
 # and how large was its advantage, in standard deviations? Compare `mappo = True` and `False`:
 #
@@ -1134,12 +1186,12 @@ for key, value in evaluation["trained"].items():
 #   whole batch. Here it is 30 epochs of 15 minibatches, on an easy task, with few frames.
 #
 # Does a centralised critic help? In their experiments and in those of de Witt et al. (2020) IPPO is
-# often as good. Sections 4 and 5 suggest when: where each agent sees what its return depends on, the
-# end of the episode included, a wider view has nothing to add. In the scenario *reverse_transport* it
-# is so: four robots push a package whose goal each of them sees, and are paid as one. As predicted
-# before the runs, IPPO learned as fast as MAPPO there (0.85 each after 5 iterations, 1.00 after 10)
-# and lasted (1.00 after 40; study/README.md, "Another scenario"). Whether this is what sets the
-# tasks of those papers apart was not tested.
+# often as good. Sections 4 and 5 suggest when: where each agent sees what its return depends on,
+# the end of the episode included, a wider view has nothing to add. In the scenario
+# *reverse_transport* it is so: four robots push a package whose goal each of them sees, and are
+# paid as one. As predicted before the runs, IPPO learned as fast as MAPPO there (0.85 each after 5
+# iterations, 1.00 after 10) and lasted (1.00 after 40; study/README.md, "Another scenario").
+# Whether this is what sets the tasks of those papers apart was not tested.
 #
 # ---
 # ## 8. Results

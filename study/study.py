@@ -163,17 +163,13 @@ OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
 
 # IPPO's critic with one number more, over twenty iterations and with eight robots paid as a team.
 ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
-TOLD_LONG = {f"--n-iters 20 # {change}": label for change, label in ONE_NUMBER.items()}
+TOLD_LONG = f"--n-iters 20 # {TOLD}"
 TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
 # Without bootstrapping (but where an episode is cut off), what a critic sees can only be noise.
 UNBOOTSTRAPPED_EIGHT = f"{EIGHT} {SHARED} --lmbda 1"
 UNBOOTSTRAPPED_LONG = "--lmbda 1 --n-iters 20"
-# Do the runs of IPPO that fell behind in "recipes" and "teams" do so for the same reason?
-HURRIED = {
-    f"{options} # {change}": f"{name}, {change}"
-    for options, name in {**{RECIPES[name]: name for name in RECIPES}, **TEAMS}.items()
-    for change in (NO_ENDS, TOLD)
-}
+# Do the runs of IPPO that fell behind with a recipe do so for the same reason?
+HURRIED = [f"{options} # {change}" for options in RECIPES.values() for change in (NO_ENDS, TOLD)]
 
 # Another scenario: robots inside a hollow package push it to a goal that each of them sees.
 TRANSPORT = (
@@ -214,7 +210,7 @@ EXPERIMENTS = {
     "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{TEAM_PAID} # {NO_ENDS}")],
     "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
     "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
-    "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, *TOLD_LONG) for seed in range(10)],
+    "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, TOLD_LONG) for seed in range(10)],
     "slopes": [
         *pairs(f"--n-iters 10 # {SLOPES}"),
         *pairs(f"{TEAM_PAID} # {SLOPES}"),
@@ -235,7 +231,7 @@ EXPERIMENTS = {
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER |= dict.fromkeys([*TOLD_LONG, UNBOOTSTRAPPED_LONG], (10, 15, 20))
+STOPPED_AFTER |= dict.fromkeys([TOLD_LONG, UNBOOTSTRAPPED_LONG], (10, 15, 20))
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -637,30 +633,85 @@ def told_eight():
     return against_the_first(told_with_eight(), "episode_length")
 
 
-def told_long():
-    """A Markdown table of what the critics see, with three robots and up to 20 iterations."""
-    runs = {"IPPO": ("lasting", "--n-iters 50", "IPPO")}
-    runs |= {f"IPPO, told {TOLD_LONG[run]}": ("told", run, "IPPO") for run in TOLD_LONG}
-    runs["MAPPO"] = ("lasting", "--n-iters 50", "MAPPO")
-    lines = [line_of("success rate after", "10 iterations", "15", "20"), line_of(*["---"] * 4)]
+def success_at_stops(runs, stops=(10, 15, 20)):
+    """A Markdown table of success rates on the way: {label: (experiment, options, algorithm)}."""
+    lines = [
+        line_of("success rate after", *(f"{number} iterations" for number in stops)),
+        line_of(*["---"] * (1 + len(stops))),
+    ]
     for label, run in runs.items():
-        found = [at_stop(*run, iterations)["success_rate"] for iterations in (10, 15, 20)]
+        found = [at_stop(*run, iterations)["success_rate"] for iterations in stops]
         lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
     return "\n".join(lines)
+
+
+def told_long():
+    """A Markdown table of three robots, up to 20 iterations."""
+    runs = {"IPPO": ("lasting", "--n-iters 50", "IPPO")}
+    runs["IPPO, lambda 1"] = ("unbootstrapped", UNBOOTSTRAPPED_LONG, "IPPO")
+    runs["IPPO, told the others' ways"] = ("told", TOLD_LONG, "IPPO")
+    runs["MAPPO"] = ("lasting", "--n-iters 50", "MAPPO")
+    return success_at_stops(runs)
+
+
+def slopes():
+    """A Markdown table of how a critic's value falls as one robot alone comes nearer."""
+    told = [f"{options} + {SLOPES}" for options in TOLD_EIGHT]
+    lines = [
+        line_of("8 robots, paid", "the critic sees", "its value falls by", "success rate", "steps"),
+        line_of(*["---"] * 5),
+    ]
+    for payment, sees, options, algorithm in [
+        ("each for itself", "its observation: IPPO", f"{EACH_PAID} # {SLOPES}", "IPPO"),
+        ("each for itself", "all observations: MAPPO", f"{EACH_PAID} # {SLOPES}", "MAPPO"),
+        ("as a team", "all observations: MAPPO", f"{TEAM_PAID} # {SLOPES}", "MAPPO"),
+        ("as a team", "its own, and the others' ways", told[0], "IPPO"),
+        ("as a team", "its observation: IPPO", f"{TEAM_PAID} # {SLOPES}", "IPPO"),
+        ("as a team", "its own, and its own way", told[1], "IPPO"),
+    ]:
+        fall = values("slopes", options, algorithm, f"curve_{SLOPE}")[:, -1]
+        cells = [f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})"]
+        for column in ("success_rate", "episode_length"):
+            cells.append(mean_and_worst(values("slopes", options, algorithm, column), column))
+        lines.append(line_of(payment, sees, *cells))
+    return "\n".join(lines)
+
+
+def slopes_long():
+    """A Markdown table of the same with three robots, after some iterations with the defaults."""
+    lines = [line_of("its value falls by", "5 iterations", "10", "15"), line_of(*["---"] * 4)]
+    for algorithm, longest in (("MAPPO", 10), ("IPPO", 15)):
+        falls = values("slopes", f"--n-iters {longest} # {SLOPES}", algorithm, f"curve_{SLOPE}")
+        cells = [
+            f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})" for fall in falls.T[4::5]
+        ]
+        lines.append(line_of(algorithm, *cells, *[""] * (3 - len(cells))))
+    return "\n".join(lines)
+
+
+def unbootstrapped():
+    """A Markdown table of 8 robots paid as a team, with bootstrapping and all but without."""
+    variants = []
+    for label, name, options in [
+        ("lambda 0.9", "payment", TEAM_PAID),
+        ("lambda 1", "unbootstrapped", UNBOOTSTRAPPED_EIGHT),
+    ]:
+        for algorithm in ("MAPPO", "IPPO"):
+            variants.append((f"{algorithm}, {label}", at_end(name, options, algorithm)))
+    return against_the_first(variants, "episode_length")
 
 
 def hurried():
     """A Markdown table of success with the recipes, and whether IPPO's is mended by a change."""
     lines = [line_of("success rate", "MAPPO", "IPPO", f"IPPO, {NO_ENDS}", "IPPO, told")]
     lines.append(line_of(*["---"] * 5))
-    for name in ("recipes", "teams"):
-        for options, label in TABLES[name].items():
-            found = [
-                values(name, options, algorithm, "success_rate") for algorithm in ("MAPPO", "IPPO")
-            ]
-            for change in (NO_ENDS, TOLD):
-                found.append(values("hurried", f"{options} # {change}", "IPPO", "success_rate"))
-            lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
+    for label, options in RECIPES.items():
+        found = [
+            values("recipes", options, algorithm, "success_rate") for algorithm in ("MAPPO", "IPPO")
+        ]
+        for change in (NO_ENDS, TOLD):
+            found.append(values("hurried", f"{options} # {change}", "IPPO", "success_rate"))
+        lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
     return "\n".join(lines)
 
 
@@ -811,6 +862,9 @@ def make_table(name):
         "ends": ends,
         "told-eight": told_eight,
         "told-long": told_long,
+        "slopes": slopes,
+        "slopes-long": slopes_long,
+        "unbootstrapped": unbootstrapped,
         "hurried": hurried,
         "sharing": sharing,
         "processes": processes,

@@ -53,8 +53,37 @@ def test_the_lesson_of_section_4_has_its_rows():
         assert f"| {steps[0].mean():.1f} | {steps[1].mean():.1f} |" in line
 
 
+def prose(path):
+    """A file's text without its line breaks and comment signs, so that sentences can be found."""
+    return " ".join(path.read_text("utf-8").replace("\n# ", " ").split())
+
+
+def test_the_lesson_of_the_slopes_has_its_rows():
+    """The first table of Section 5, and what Section 4 says of the one number."""
+    told, told_its_own = (f"{options} + {study.SLOPES}" for options in study.TOLD_EIGHT)
+    for sees, options, algorithm in [
+        ("its observation (IPPO)", f"{study.EACH_PAID} # {study.SLOPES}", "IPPO"),
+        ("all observations (MAPPO)", f"{study.TEAM_PAID} # {study.SLOPES}", "MAPPO"),
+        ("its own, and how far the others have to go", told, "IPPO"),
+        ("its own (IPPO)", f"{study.TEAM_PAID} # {study.SLOPES}", "IPPO"),
+        ("its own, and how far its robot has to go", told_its_own, "IPPO"),
+    ]:
+        fall = study.values("slopes", options, algorithm, f"curve_{study.SLOPE}")
+        success, steps = (
+            study.values("slopes", options, algorithm, column).mean()
+            for column in ("success_rate", "episode_length")
+        )
+        assert len(fall) == 10
+        row = f"| {sees} | {fall[:, -1].mean():.2f} | {success:.2f} | {steps:.1f} |"
+        assert row in SCRIPT.read_text("utf-8")
+    [options] = [run for run, label in study.TOLD_EIGHT.items() if "others" in label]
+    found = study.at_end("told", options, "IPPO")
+    assert found["success_rate"].min() == 1
+    assert f"in {found['episode_length'].mean():.1f} steps, better than" in prose(SCRIPT)
+
+
 def test_the_lesson_of_the_long_runs_has_its_rows():
-    """The second table of Section 4, and the two success rates below it."""
+    """The second table of Section 5, the two values above it and the three cures below."""
     text = SCRIPT.read_text("utf-8")
     [head] = [line for line in text.splitlines() if line.startswith("# | after |")]
     for algorithm in ("MAPPO", "IPPO"):
@@ -63,24 +92,100 @@ def test_the_lesson_of_the_long_runs_has_its_rows():
             found = study.at_stop("lasting", "--n-iters 50", algorithm, int(number))
             means.append(f"{found['success_rate'].mean():.2f}")
         assert f"# | {algorithm} | {' | '.join(means)} |\n" in text
-    two = [study.values("ends", run, "IPPO", "success_rate") for run in list(study.ENDS)[:2]]
-    assert f"success rates of {two[0].mean():.2f} and {two[1].mean():.2f} after 15" in text
+    means = []
+    for number in (10, 15, 20):
+        found = study.at_stop("told", study.TOLD_LONG, "IPPO", number)["success_rate"]
+        assert len(found) == 10
+        means.append(f"{found.mean():.2f}")
+    assert f"# | IPPO, told how far the others have to go | {' | '.join(means)} | |\n" in text
+    options = f"--n-iters 10 # {study.MEASURED}"
+    before, reward = (
+        study.values("arrivals", options, "IPPO", f"curve_{name}")[:, -1].mean()
+        for name in study.ARRIVALS[:2]
+    )
+    assert f"critic expected {before:.2f} just before" in prose(SCRIPT)
+    assert f"delta = {reward:.2f} + 0           - {before:.2f} = {reward - before:.2f}\n" in text
+    ends, paid, gamma = (
+        study.values("ends", run, "IPPO", "success_rate").mean() for run in study.ENDS
+    )
+    assert f"After 15 iterations IPPO has a success rate of {ends:.2f} if arrivals" in prose(SCRIPT)
+    assert f"{paid:.2f} if each robot is paid for itself; {gamma:.2f} with gamma" in prose(SCRIPT)
 
 
 def test_the_other_scenario_has_its_rows():
     """The success rates that Section 7 names, and the command that is printed with them."""
-    text = " ".join(SCRIPT.read_text("utf-8").replace("\n# ", " ").split())
-    assert "success rates of 1.00 each, after 10 iterations and after 40" in text
-    for algorithm in ("MAPPO", "IPPO"):
-        for iterations in (10, 40):
-            found = study.at_stop("transport", study.TRANSPORT, algorithm, iterations)
-            assert len(found["success_rate"]) == 10
-            assert f"{found['success_rate'].mean():.2f}" == "1.00"
-            assert "collisions" not in found
+    means = []
+    for iterations in (5, 10, 40):
+        found = [
+            study.at_stop("transport", study.TRANSPORT, algorithm, iterations)
+            for algorithm in ("MAPPO", "IPPO")
+        ]
+        assert all("collisions" not in one and len(one["success_rate"]) == 10 for one in found)
+        [mean] = {f"{one['success_rate'].mean():.2f}" for one in found}  # that of both
+        means.append(mean)
+    assert (
+        f"({means[0]} each after 5 iterations, {means[1]} after 10) and lasted ({means[2]} after 40"
+    ) in prose(SCRIPT)
     assert f"python train_mappo.py {study.TRANSPORT}\n" in study.README.read_text("utf-8")
     for algorithm, reward in (("MAPPO", "3.0"), ("IPPO", "1.1")):
         found = study.values("unsolved", study.GIVE_WAY, algorithm, "episode_reward")
         assert [f"{one:.1f}" for one in found] == [reward]
+
+
+def test_the_first_page_has_its_rows():
+    """The table below the pictures of README.md, and what its experiments promise."""
+    page = prose(REPOSITORY / "README.md")
+    for algorithm in ("MAPPO", "IPPO"):
+        means = []
+        for number in (10, 15, 20):
+            found = study.at_stop("lasting", "--n-iters 50", algorithm, number)
+            means.append(f"{found['success_rate'].mean():.2f}")
+        assert f"| {algorithm} | {' | '.join(means)} |" in page
+
+    def success(name, options, algorithm):
+        return study.values(name, options, algorithm, "success_rate")
+
+    def steps(name, options, algorithm):
+        return study.values(name, options, algorithm, "episode_length").mean()
+
+    long_ippo, long_mappo = (
+        study.at_stop("lasting", "--n-iters 50", algorithm, 15)["success_rate"]
+        for algorithm in ("IPPO", "MAPPO")
+    )
+    short = success("flag", "", "IPPO")
+    assert (
+        f"Success {long_ippo.mean():.2f} (best run {long_ippo.max():.2f}), where MAPPO has "
+        f"{long_mappo.mean():.2f} (worst {long_mappo.min():.2f}) and IPPO had {short.mean():.2f} "
+        f"(worst {short.min():.2f}) after ten iterations"
+    ) in page
+    team, each = study.TEAM_PAID, study.EACH_PAID
+    for options in (team, each):
+        assert f"python train_mappo.py {options} " in page
+    assert success("payment", team, "MAPPO").min() == 1
+    ippo = success("payment", team, "IPPO")
+    assert (
+        f"Success 1.00 in each of ten runs with MAPPO, in {steps('payment', team, 'MAPPO'):.0f} "
+        f"steps; with `--no-mappo` {ippo.mean():.2f} (worst run {ippo.min():.2f}), in "
+        f"{steps('payment', team, 'IPPO'):.0f}."
+    ) in page
+    assert min(success("payment", each, one).min() for one in ("MAPPO", "IPPO")) == 1
+    assert (
+        f"with both, in {steps('payment', each, 'MAPPO'):.0f} and "
+        f"{steps('payment', each, 'IPPO'):.0f} steps"
+    ) in page
+    both = [success("horizon", "--gamma 0.9", one) for one in ("MAPPO", "IPPO")]
+    [mean] = {f"{one.mean():.2f}" for one in both}
+    assert (
+        f"Success {mean} with both (worst runs {both[0].min():.2f} and {both[1].min():.2f})" in page
+    )
+    separate = "--no-share-parameters-policy"
+    ours, theirs = (success("policies", separate, one) for one in ("MAPPO", "IPPO"))
+    longer = success("sharing", f"{separate} --n-iters 30", "MAPPO")
+    assert (
+        f"Success {ours.mean():.2f} (worst run {ours.min():.2f}), and {theirs.mean():.2f} "
+        f"(worst {theirs.min():.2f}) with `--no-mappo`"
+    ) in page
+    assert f"with `--n-iters 30` MAPPO is at {longer.mean():.2f}" in page
 
 
 @pytest.mark.parametrize("change", study.CHANGES)
