@@ -511,50 +511,51 @@ untrained_policy(env.reset())["agents", "action"][0].tolist()  # one environment
 #
 # May a critic see what the policy does not? It may. It is not there when the robots drive; and what
 # is subtracted from a return, a *baseline*, leaves the expected policy gradient as it is, whatever
-# it depends on, as long as that is not the very action that is judged.
+# it depends on, as long as the action that is judged cannot influence it.
 #
-# What can a wider view be good for? Most of the reward here is the progress of the whole team. What
-# the *others* are about to earn, a robot's critic cannot see; it has to guess it from what it sees,
-# its own robot. MAPPO's critic sees where all robots are and how far from their goals. So a wider
-# view should help as far as an agent's return depends on what that agent cannot see, and no
+# What can a wider view be good for? Most of the reward here is the progress of the whole team.
+# IPPO's critic cannot see what the *others* are about to earn; it has to guess that from what its
+# own robot observes. MAPPO's critic sees where all robots are and how far from their goals. So a
+# wider view should help as far as an agent's return depends on what that agent cannot see, and no
 # further. One keyword of the scenario tests this: with `"shared_rew": False` each robot is paid for
 # its *own* progress. Eight robots, ten seeds, 60,000 frames, evaluated as in Section 7, all else
-# the same (README.md, experiments 2 and 3, has the commands; *steps* count 100 where an episode
-# fails):
+# the same (README.md, experiments 2 and 3, has the commands; a failed episode counts as 100
+# *steps*):
 #
 # | what each robot is paid for | success: MAPPO | IPPO | steps: MAPPO | IPPO |
 # |---|---|---|---|---|
 # | the team's progress | 1.00 (worst run 1.00) | 0.88 (worst 0.13) | 64.2 | 74.9 |
 # | its own progress | 1.00 (worst run 1.00) | 1.00 (worst 1.00) | 53.7 | 53.0 |
 #
-# Paid as a team, each of the ten runs is faster with MAPPO (and one of IPPO's all but fails); paid
-# apart, none gains by it. Note that the reward did more for IPPO than the critic: it went from 75
-# steps to 53, against 64.
+# Paid as a team, all ten runs are faster with MAPPO (and one of IPPO's all but fails); paid apart,
+# they gain nothing by it. Note that the reward did more than a wider critic: it cut IPPO's 75 steps
+# to 53, MAPPO's critic to 64.
 #
-# Nor need the view be wide. Give IPPO's critic *one* number more, how far the other robots still
-# have to go in sum: success is 1.00 in each of ten runs, in 58.6 steps, better than MAPPO's critic
+# Nor need the view be wide. Give a local critic *one* number more, how far the other robots still
+# have to go in all: success is 1.00 in each of ten runs, in 58.6 steps, better than MAPPO's critic
 # with all 48 numbers (here a robot observes 6, as without collisions it needs no lidar). So ask of
 # a task which part of an agent's return depends on what *this* agent cannot see, and show its
-# critic that. What happens where it is not shown, Section 5 explains once it has the formula of the
-# advantage.
+# critic that. Section 5 explains what happens otherwise, once it has the formula of the advantage.
 #
 # What a centralised critic does not do:
 #
 # - It does not make the world stationary: the others' policies still change.
 # - It assigns no credit. It sees observations and no actions, so it says how well the team stands,
-#   not who made it so. (Other methods try to: COMA, Foerster et al. 2018, arXiv:1705.08926,
-#   compares with what the other actions of an agent would have brought.)
+#   not who made it so. (Other methods do: COMA, Foerster et al. 2018, arXiv:1705.08926, compares
+#   with what the agent's other actions would have brought.)
 # - It does not always pay. Its input grows with the team, and much of it may not matter to an
-#   agent: see above. And where advantages rest on bootstrapped values (Section 5), it can make the
-#   policy gradient *noisier*: it passes on what the others happen to observe, which a local critic
-#   averages out (Lyu et al. 2021, arXiv:2102.04402).
+#   agent: see above. And with bootstrapped values (Section 5) it can make the policy gradient
+#   *noisier*: it passes on what the others happen to observe, which a local critic averages out, at
+#   a price (Lyu et al. 2021, arXiv:2102.04402).
 #
 # With `share_parameters_critic` one network serves all agents. For MAPPO that means one input and
 # one network, hence *the same value for every agent*: a value of the team's situation. That fits a
-# reward that is mostly shared. It cannot fit what is not: collisions cost only the robots that
-# touch, and a single value can only predict their average over the team. With False, each agent
-# gets a centralised critic of its own, which can tell who is about to be hit. Under IPPO the inputs
-# differ, so the values do, whether the network is shared or not.
+# reward that is mostly shared. It cannot fit the rest: a collision costs only the robots that
+# touch, and a single value can only predict the team's average. With False, each agent gets a
+# centralised critic of its own, which can tell who is about to be hit. Under IPPO the inputs
+# differ, so the values do, whether the network is shared or not. (So the algorithms differ in more
+# than the view: a shared critic learns from n_agents inputs a frame under IPPO, from one under
+# MAPPO.)
 #
 # Why is IPPO called *independent* if its agents share a network, a loss and an optimizer? The name
 # speaks of information: no agent's action or value depends on what another agent observes. Sharing
@@ -613,25 +614,25 @@ replay_buffer = ReplayBuffer(
 # ### Advantages
 # How much better than expected was agent i's action at step t? *Generalised advantage estimation*
 # (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's errors of prediction from there on,
-# with V_i(t) for the value of the observation before step t, and V_i(t+1) for that of the one it
-# led to, under `"next"`, never from the next row, which may be the first of another episode:
+# with V_i(t) for the value before step t and V_i(t+1) for the value after it, read from `"next"`,
+# as the next row may belong to another episode:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i(t+1) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
 #     target     = A_i(t) + V_i(t)                            what the critic is to learn
 #
 # With lmbda = 0 one reward counts, and V_i(t+1) stands in for all that come later (*bootstrapping*:
-# little variance, but all of the critic's bias); with 1 the rewards of the whole episode count (no
-# bias, much variance). The flags are the team's and the values each agent's. `MultiAgentGAE` lends
-# the flags to every agent; ordinary GAE would ask for the same shapes. A "done" stops the sum. Only
-# a "terminated" also sets the next value to zero, see Section 2. An episode that the end of the
-# batch cuts off is treated like one whose time is up: the sum stops, and the critic's value stands
-# for what was not seen.
+# little variance, but all of the critic's bias); with 1 all collected rewards do (much variance,
+# bias only where an episode is cut off). The flags are the team's and the values each agent's.
+# `MultiAgentGAE` lends the flags to every agent; ordinary GAE would ask for the same shapes. A
+# "done" stops the sum. Only a "terminated" also sets the next value to zero, see Section 2. An
+# episode that the end of the batch cuts off is treated like one whose time is up: the sum stops,
+# and the critic's value stands for what was not seen.
 #
 # With MAPPO's shared critic all robots have one value, and here nearly one reward, so in a frame
 # their advantages are nearly one number. How does a robot learn what *it* did right? Only over many
-# frames: its own action shifts that number in the same way each time, what the others did shifts it
-# up and down, and in the mean over thousands of frames their part cancels out.
+# frames: what it did well tends to raise that number, what the others did raises or lowers it
+# regardless, and over thousands of frames their part averages out.
 
 # %%
 estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
@@ -641,18 +642,19 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # *Question 5. With lmbda = 0, how many of the collected rewards enter the advantage of one action?*
 #
 # ### What the critic's view does to the advantage
-# The formula uses the critic twice. V_i(t) is a *baseline*: where it is wrong, it is equally wrong
-# for every action, and that cancels. V_i(t+1) is *bootstrapped*: it depends on where the action
-# led, so where it is wrong, the action is credited or charged with the error, and that does not
-# cancel.
+# The formula uses the critic twice. V_i(t) is a *baseline*: its errors are the same for every
+# action, and cancel in the mean. V_i(t+1) is *bootstrapped*: it depends on where the action led, so
+# its errors are credited or charged to the action, and do not cancel.
 #
-# What can be wrong with it? Robots drive home side by side. So to a critic that sees one robot, a
-# robot near its goal is the sign of a team that is nearly done: as this one comes nearer, it
-# expects less of *all*, though only one has moved. By how much less was measured in a run's last
-# batch, by moving one robot alone in what the critic sees (the eight robots of Section 4, ten more
-# runs of each kind; study/README.md, "Is one number enough?"):
+# What errors can they be? All robots drive home at the same time. So to a critic that sees one of
+# them, a robot nearer its goal means a team nearer its goals, and it expects less from *all*. That
+# is right on average over all situations in which a robot stands there, but not for the one that
+# *this* action led to: the others have not moved because this robot did. How large the error gets
+# was measured by moving one robot alone in what the critic sees, in a run's last batch. By how much
+# does its value fall, for each unit of way that the robot is nearer? (The eight robots of Section
+# 4, ten more runs of each kind.)
 #
-# | paid | what the critic of a robot sees | its value falls, per unit nearer, by | success | steps |
+# | paid | what the critic of a robot sees | value falls by | success | steps |
 # |---|---|---|---|---|
 # | for itself | its observation (IPPO) | 0.64 | 1.00 | 53.1 |
 # | as a team | all observations (MAPPO) | 0.10 | 1.00 | 64.2 |
@@ -660,33 +662,40 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # | as a team | its own (IPPO) | 1.01 | 0.89 | 74.6 |
 # | as a team | its own, and how far its robot has to go | 2.16 | 0.00 | 100.0 |
 #
-# By how much *should* it fall? A robot that is one unit nearer has one unit less to earn, later:
-# 0.64 by the first row, whose critic predicts nearly all returns. A critic that takes off more
-# charges each step home with more than it costs, until going home looks like a loss. IPPO's does
-# where the team is paid, and more so if it is even given its own robot's way as a number: then all
-# ten runs fail. MAPPO's takes off too little. That is wrong, too, but it errs on the side of going.
+# What does that do to a step home? A unit of way pays 1 at once. If the value then is lower by s,
+# for good, the sum of all deltas gives that a weight of gamma (1 - lmbda) / (1 - gamma lmbda) =
+# 0.91. So the advantage of a unit is 1 - 0.91 s: 0.42 in the first row, where the critic sees all
+# it needs; next to nothing, 0.08, for IPPO with the team's reward; and -0.96 in the last row, where
+# the critic is even given its own robot's way as a number. There going home *looks like a loss*,
+# and all ten runs fail. (MAPPO's value falls by too little. That is wrong, too, but it errs on the
+# side of going.)
 #
-# The sharpest case is the step that ends the episode. In the default runs' last batch, IPPO's
-# critic expected 0.59 just before the last robot arrived, in the mean, where 0.01 came (MAPPO's
-# expected 0.28):
-#
-#     it arrives               delta = 0.01 + 0           - 0.59 = -0.58
-#     it stops short of it     delta = 0    + 0.99 × 0.59 - 0.59 = -0.01
-#
-# *Success looks like a loss*, and PPO makes it less likely. So IPPO learns the task of this file
-# and then unlearns it, with every one of ten seeds (success rates of the same runs, evaluated on
-# their way):
+# With Section 1's three robots the fall grows from iteration to iteration (study/README.md, "Is one
+# number enough?"). With MAPPO it is 0.37 after ten. With IPPO it is 0.88 after ten, when the robots
+# have learned the task, and 1.48 after 15, when they have unlearned it, with every one of ten
+# seeds. The success rates of the same runs, evaluated on their way:
 #
 # | after | 10 iterations | 15 | 20 | 50 |
 # |---|---|---|---|---|
 # | MAPPO | 0.95 | 0.98 | 0.99 | 0.98 |
 # | IPPO | 0.87 | 0.05 | 0.00 | 0.01 |
-# | IPPO, told how far the others have to go | 0.98 | 0.99 | 0.99 | |
+# | a local critic, told how far the others have to go | 0.98 | 0.99 | 0.99 | |
 #
-# What to do about it, if the critic cannot be shown more? After 15 iterations IPPO has a success
-# rate of 0.96 if arrivals are bootstrapped, too, as if they ended nothing; 1.00 if each robot is
-# paid for itself; 1.00 with gamma = 0.9, where the value reaches only ten steps or so ahead and
-# little of the others' progress is in it. @@LAMBDA@@
+# (It is not that IPPO found something better paid than success: its reward falls, too, from 3.12 to
+# 2.75 to 1.52 after 20 iterations.)
+#
+# The end of an episode is the sharpest case: what follows it is worth 0. In the last batch of ten
+# default runs, IPPO's critic expected 0.59 on average just before the last robot arrived, as the
+# others usually still have some way to go when a robot is there; 0.01 came. (MAPPO's expected 0.28,
+# too much as well.)
+#
+#     it arrives               delta = 0.01 + 0           - 0.59 = -0.58
+#     it stops short of it     delta = 0    + 0.99 × 0.59 - 0.59 = -0.01
+#
+# *Success looks like a loss.* If arrivals are bootstrapped like time limits, IPPO still has a
+# success rate of 0.96 after 15 iterations. Other cures, where the critic cannot be shown more: it
+# has 1.00 if each robot is paid for itself, and 1.00 with gamma = 0.9, where a value reaches only
+# some ten steps ahead and little of the others' progress is in it. @@LAMBDA@@
 #
 # ### Loss and optimizer
 # With theta for the policy's weights, agent i has a probability ratio of its own in each frame, and
@@ -702,10 +711,10 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # from the one that collected the batch, which is what allows several epochs on it.
 #
 # Is it sound to clip each agent apart while all of them change at once? What was measured is each
-# action's advantage among the *old* teammates, and the joint probability of what the team does is
-# the product of the agents' own. Ratios near 1 keep that product near 1, too, less so the larger
-# the team (Sun et al. 2022, arXiv:2202.00082), which speaks for a smaller clip_epsilon there.
-# Clipping does not *force* the ratios to stay near 1; it only removes the incentive to leave.
+# action's advantage among the *old* teammates, and the team's joint ratio is the product of the
+# agents' ratios. If each is near 1, so is the product, but less so the larger the team (Sun et al.
+# 2022, arXiv:2202.00082), which speaks for a smaller clip_epsilon there. Clipping does not *force*
+# the ratios to stay near 1; it only removes the incentive to leave.
 #
 # *Normalised advantages*: the size of a step should not depend on the scale of the rewards. Mean
 # and standard deviation are taken over a minibatch, for each agent apart (so the agent dimension,
@@ -1017,8 +1026,8 @@ seed_iteration(len(history))
 # changes little, the success rate is what still rises. With ten seeds, the evaluation of Section 7
 # gave success rates of 0.95 for MAPPO (worst run 0.92) and 0.87 for IPPO (worst run 0.70); the
 # success rate that the progress bar shows is lower, see Question 7. MAPPO and IPPO with the same
-# seed start from the same policy and learn from the same first batch. A run takes one or two
-# minutes on two CPU cores.
+# seed start from the same policy, and cell B sees to it that they learn from the same first batch.
+# A run takes one or two minutes on two CPU cores.
 #
 # The hyperparameters are those of TorchRL's own tutorial for this task, which makes the results
 # comparable. They are no optimum: study/README.md explains two recipes, value by value; with MAPPO
