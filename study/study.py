@@ -218,7 +218,7 @@ EXPERIMENTS = {
         *((f"{options} + {SLOPES}", "IPPO", seed) for options in TOLD_EIGHT for seed in range(10)),
         *((f"--n-iters 15 # {SLOPES}", "IPPO", seed) for seed in range(10)),
     ],
-    "unbootstrapped": pairs(UNBOOTSTRAPPED_EIGHT),
+    "unbootstrapped": [*pairs(UNBOOTSTRAPPED_EIGHT), *pairs(TEAM_PAID)],
     "unbootstrapped-long": [(UNBOOTSTRAPPED_LONG, "IPPO", seed) for seed in range(10)],
     "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
     "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
@@ -246,6 +246,7 @@ TABLES = {
     "recipes": {options: name for name, options in RECIPES.items()},
     "recipes-fresh": {RECIPES["quick"]: "quick, seeds 30 to 49"},
     "teams": TEAMS,
+    "unbootstrapped": {UNBOOTSTRAPPED_EIGHT: "lambda 1", TEAM_PAID: "lambda 0.9"},
     "unended": {
         f"# {NO_ENDS}": "3 robots, defaults",
         f"{TEAM_PAID} # {NO_ENDS}": "8 robots, the team's progress",
@@ -690,18 +691,6 @@ def slopes_long():
     return "\n".join(lines)
 
 
-def unbootstrapped():
-    """A Markdown table of 8 robots paid as a team, with bootstrapping and all but without."""
-    variants = []
-    for label, name, options in [
-        ("lambda 0.9", "payment", TEAM_PAID),
-        ("lambda 1", "unbootstrapped", UNBOOTSTRAPPED_EIGHT),
-    ]:
-        for algorithm in ("MAPPO", "IPPO"):
-            variants.append((f"{algorithm}, {label}", at_end(name, options, algorithm)))
-    return against_the_first(variants, "episode_length")
-
-
 def hurried():
     """A Markdown table of success with the recipes, and whether IPPO's is mended by a change."""
     lines = [line_of("success rate", "MAPPO", "IPPO", f"IPPO, {NO_ENDS}", "IPPO, told")]
@@ -865,7 +854,6 @@ def make_table(name):
         "told-long": told_long,
         "slopes": slopes,
         "slopes-long": slopes_long,
-        "unbootstrapped": unbootstrapped,
         "hurried": hurried,
         "sharing": sharing,
         "processes": processes,
