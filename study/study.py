@@ -99,7 +99,6 @@ critic_network = ToldNetwork("""
 MEASURED = "arrivals measured"
 SLOPES = "slopes measured"
 NO_ENDS = "arrivals do not end an episode"
-TWO_PROCESSES = "two processes"
 TWO_THREADS = "two threads"
 TOLD = "the critic is told how far the others have to go"
 TOLD_ITS_OWN = "the critic is told how far its own robot has to go"
@@ -167,7 +166,6 @@ TOLD_LONG = f"--n-iters 20 # {TOLD}"
 TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
 # Without bootstrapping (but where an episode is cut off), what a critic sees can only be noise.
 UNBOOTSTRAPPED_EIGHT = f"{EIGHT} {SHARED} --lmbda 1"
-UNBOOTSTRAPPED_LONG = "--lmbda 1 --n-iters 20"
 # Do the runs of IPPO that fell behind with a recipe do so for the same reason?
 HURRIED = [f"{options} # {change}" for options in RECIPES.values() for change in (NO_ENDS, TOLD)]
 
@@ -217,11 +215,10 @@ EXPERIMENTS = {
         *pairs(f"{EACH_PAID} # {SLOPES}"),
         *((f"{options} + {SLOPES}", "IPPO", seed) for options in TOLD_EIGHT for seed in range(10)),
         *((f"--n-iters 15 # {SLOPES}", "IPPO", seed) for seed in range(10)),
+        *((f"--n-iters 15 # {NO_ENDS} + {SLOPES}", "IPPO", seed) for seed in range(10)),
     ],
     "unbootstrapped": [*pairs(UNBOOTSTRAPPED_EIGHT), *pairs(TEAM_PAID)],
-    "unbootstrapped-long": [(UNBOOTSTRAPPED_LONG, "IPPO", seed) for seed in range(10)],
     "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
-    "processes": [(f"# {TWO_PROCESSES}", "MAPPO", seed) for seed in range(10)],
     "transport": pairs(TRANSPORT),
     "unsolved": pairs(GIVE_WAY, seeds=[0]),
     # No run, but how much all robots together could earn in the episodes of the evaluation.
@@ -229,7 +226,7 @@ EXPERIMENTS = {
 }
 # Runs that are evaluated on their way: stopped after these iterations, and gone on with.
 STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER |= dict.fromkeys([TOLD_LONG, UNBOOTSTRAPPED_LONG], (10, 15, 20))
+STOPPED_AFTER[TOLD_LONG] = (10, 15, 20)
 # Which options an experiment's table compares, and what it calls them.
 TABLES = {
     "flag": {"": "seeds 0 to 9"},
@@ -262,7 +259,7 @@ def script_for(options, folder):
     text = SCRIPT.read_text("utf-8")
     changed = text
     for change in options.partition("# ")[2].split(" + "):
-        if change in ("", TWO_PROCESSES, TWO_THREADS):
+        if change in ("", TWO_THREADS):
             continue
         old, new = CHANGES[change]
         if changed.count(old) != 1:
@@ -312,10 +309,7 @@ def train(experiment, options, algorithm, seed, threads=1):
         folder = Path(parent, "run")
         given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
         script = script_for(options, parent)
-        program = [sys.executable]
-        if options.endswith(f"# {TWO_PROCESSES}"):
-            program += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*program, str(script), *shlex.split(options, comments=True), *given]
+        command = [sys.executable, str(script), *shlex.split(options, comments=True), *given]
         stops = [["--n-iters", str(number)] for number in STOPPED_AFTER.get(options, [])]
         for stop in stops or [[]]:  # the same run each time, a little longer
             process = subprocess.run(
@@ -613,13 +607,6 @@ def sharing():
     return against_the_first(shared_or_not())
 
 
-def processes():
-    """A Markdown table of MAPPO, trained by one process and by two."""
-    variants = [("one process", at_end("flag", "", "MAPPO"))]
-    variants.append(("two processes", at_end("processes", f"# {TWO_PROCESSES}", "MAPPO")))
-    return against_the_first(variants)
-
-
 def told_with_eight():
     """What the critics see, with eight robots paid as a team: pairs of a label and evaluations."""
     team = f"{EIGHT} {SHARED}"
@@ -650,7 +637,6 @@ def success_at_stops(runs, stops=(10, 15, 20)):
 def told_long():
     """A Markdown table of three robots, up to 20 iterations."""
     runs = {"IPPO": ("lasting", "--n-iters 50", "IPPO")}
-    runs["IPPO, lambda 1"] = ("unbootstrapped-long", UNBOOTSTRAPPED_LONG, "IPPO")
     runs["IPPO, told the others' ways"] = ("told", TOLD_LONG, "IPPO")
     runs["MAPPO"] = ("lasting", "--n-iters 50", "MAPPO")
     return success_at_stops(runs)
@@ -682,12 +668,14 @@ def slopes():
 def slopes_long():
     """A Markdown table of the same with three robots, after some iterations with the defaults."""
     lines = [line_of("its value falls by", "5 iterations", "10", "15"), line_of(*["---"] * 4)]
-    for algorithm, longest in (("MAPPO", 10), ("IPPO", 15)):
-        falls = values("slopes", f"--n-iters {longest} # {SLOPES}", algorithm, f"curve_{SLOPE}")
-        cells = [
-            f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})" for fall in falls.T[4::5]
-        ]
-        lines.append(line_of(algorithm, *cells, *[""] * (3 - len(cells))))
+    for label, algorithm, options in [
+        ("MAPPO", "MAPPO", f"--n-iters 10 # {SLOPES}"),
+        ("IPPO", "IPPO", f"--n-iters 15 # {SLOPES}"),
+        (f"IPPO, {NO_ENDS}", "IPPO", f"--n-iters 15 # {NO_ENDS} + {SLOPES}"),
+    ]:
+        falls = values("slopes", options, algorithm, f"curve_{SLOPE}").T[4::5]
+        cells = [f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})" for fall in falls]
+        lines.append(line_of(label, *cells, *[""] * (3 - len(cells))))
     return "\n".join(lines)
 
 
@@ -856,7 +844,6 @@ def make_table(name):
         "slopes-long": slopes_long,
         "hurried": hurried,
         "sharing": sharing,
-        "processes": processes,
         "transport": transport,
     }
     return others[name]()
