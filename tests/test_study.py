@@ -279,8 +279,14 @@ def test_the_recipes_are_the_printed_commands_and_have_their_rows():
         assert f"python train_mappo.py {recipe}\n" in study.README.read_text("utf-8")
     quick = study.RECIPES["quick"]
     assert f"`python train_mappo.py {quick}`" in page
-    found = study.values("recipes", quick, "MAPPO", "success_rate")
-    assert f"reaches {found.mean():.2f} (worst of ten runs {found.min():.2f})" in page
+    found = np.concatenate(
+        [
+            study.values(name, quick, "MAPPO", "success_rate")
+            for name in ("recipes", "recipes-fresh")
+        ]
+    )
+    assert len(found) == 30
+    assert f"reaches {found.mean():.2f} (worst of thirty runs {two(found.min())})" in page
 
 
 def test_a_run_is_evaluated_at_each_stop_and_goes_on(monkeypatch):
