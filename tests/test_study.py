@@ -54,6 +54,22 @@ def test_the_lesson_of_section_4_has_its_rows():
         assert f"| {steps[0].mean():.1f} | {steps[1].mean():.1f} |" in line
 
 
+def test_the_seeds_that_were_not_looked_at_before_have_their_rows():
+    """What Section 4 and README.md say of ten others, paid as a team."""
+    success, steps = (
+        [
+            study.values("payment-fresh", study.TEAM_PAID, algorithm, column).mean()
+            for algorithm in ("MAPPO", "IPPO")
+        ]
+        for column in ("success_rate", "episode_length")
+    )
+    file = "ten other seeds: {} and {}, in {:.1f} and {:.1f} steps"
+    page = "Ten other seeds: {} in {:.0f}, {} in {:.0f}."
+    assert file.format(*map(two, success), *steps) in prose(SCRIPT)
+    shown = page.format(two(success[0]), steps[0], two(success[1]), steps[1])
+    assert shown in prose(REPOSITORY / "README.md")
+
+
 def two(number):
     """A number with two digits, as one learns to round: 0.695 is 0.70."""
     return str(Decimal(f"{number:.4f}").quantize(Decimal("0.01"), ROUND_HALF_UP))
