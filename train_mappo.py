@@ -697,9 +697,9 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # success rate of 0.96 after 15 iterations. Other cures, where the critic cannot be shown more: it
 # has 1.00 if each robot is paid for itself, and 1.00 with gamma = 0.9, where a value reaches only
 # some ten steps ahead and little of the others' progress is in it. And lmbda = 1? Then a critic is
-# a baseline, little more. Eight robots learn too slowly with so noisy advantages (success 0.08 with
-# MAPPO, 0.10 with IPPO), but it shows something: as a baseline alone, the wider view gains nothing
-# here. What MAPPO has of it comes through what is bootstrapped.
+# a baseline, little more, and advantages are so noisy that eight robots learn too slowly (success
+# 0.08 with MAPPO, 0.10 with IPPO). As far as such runs can tell, the wider view gains nothing as a
+# baseline: what MAPPO has of it, it has through what is bootstrapped.
 #
 # ### Loss and optimizer
 # With theta for the policy's weights, agent i has a probability ratio of its own in each frame, and

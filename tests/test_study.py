@@ -64,7 +64,7 @@ def test_the_seeds_that_were_not_looked_at_before_have_their_rows():
         for column in ("success_rate", "episode_length")
     )
     file = "ten other seeds: {} and {}, in {:.1f} and {:.1f} steps"
-    page = "Ten other seeds: {} in {:.0f}, {} in {:.0f}."
+    page = "(Ten other seeds: {} in {:.0f}, {} in {:.0f}.)"
     assert file.format(*map(two, success), *steps) in prose(SCRIPT)
     shown = page.format(two(success[0]), steps[0], two(success[1]), steps[1])
     assert shown in prose(REPOSITORY / "README.md")
@@ -111,7 +111,7 @@ def test_the_lesson_of_the_slopes_has_its_rows():
         options = f"--n-iters {longest} # {study.SLOPES}"
         falls = study.values("slopes", options, algorithm, f"curve_{study.SLOPE}")
         assert f" {falls[:, iterations - 1].mean():.2f} " in prose(SCRIPT)
-    for algorithm, words in (("MAPPO", "success {:.2f} with MAPPO"), ("IPPO", "{:.2f} with IPPO)")):
+    for algorithm, words in (("MAPPO", "(success {:.2f} with MAPPO"), ("IPPO", "{:.2f} with IPPO)")):
         runs = ("unbootstrapped", study.UNBOOTSTRAPPED_EIGHT, algorithm, "success_rate")
         assert words.format(study.values(*runs).mean()) in prose(SCRIPT)
     [options] = [run for run, label in study.TOLD_EIGHT.items() if "others" in label]
