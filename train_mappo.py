@@ -124,7 +124,7 @@ run_folder = ""  # where the results go; empty: a new folder below runs/
 # method, and that this is process 0 of 1.*
 
 # %%
-kinds = (bool, int, float, str, list, dict)
+kinds = {bool, int, float, str, list, tuple, dict, type(None)}
 names = [name for name, value in globals().items() if type(value) in kinds and name[0].islower()]
 if "hyperparameters" not in globals():  # when this runs once more, there are other names, too
     hyperparameters = names
@@ -134,9 +134,9 @@ rank, world_size = 0, 1
 # ---
 # ## A. From a shell (skip this on a first reading: go on at Section 2)
 # Every name of Section 1 is an option: `n_iters` is `--n-iters`, `mappo` is `--mappo` or
-# `--no-mappo`, and lists and dictionaries are written as JSON. Values that cannot work are refused
-# before anything is trained, in a notebook by a ValueError. If `run_folder` holds a run, it is
-# resumed, and options that are not given keep that run's values.
+# `--no-mappo`, and lists, dictionaries and what stands in place of a None are written as JSON.
+# Values that cannot work are refused before anything is trained, in a notebook by a ValueError. If
+# `run_folder` holds a run, it is resumed, and options that are not given keep that run's values.
 #
 # Started by torchrun, several processes train one policy together. The hyperparameters speak of the
 # whole job, so each process takes its share of the frames and of a minibatch, and, if there are
@@ -163,6 +163,10 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 warnings.filterwarnings("error", "It is taking many iterations to spawn")
 
 
+# These may be written without a point, too: 1 for 1.0.
+numbers = ["lr", "max_grad_norm", "critic_coeff", "clip_epsilon", "gamma", "lmbda", "entropy_eps"]
+
+
 def require(is_right, name, what_is_right):
     """Raise a ValueError that names a hyperparameter, its value and what would be right."""
     if not is_right:
@@ -181,8 +185,7 @@ def check_hyperparameters(given=()):
     flags = ["mappo", "anneal_lr", "normalize_advantage"]
     for name in [*flags, "share_parameters_policy", "share_parameters_critic"]:
         require(type(globals()[name]) is bool, name, "True or False")
-    numbers = ["lr", "max_grad_norm", "critic_coeff", "clip_epsilon", "gamma", "lmbda"]
-    for name in [*numbers, "entropy_eps"]:
+    for name in numbers:
         require(type(globals()[name]) in (int, float), name, "a number")
     for name in [*whole_numbers, "minibatch_size"]:
         require(type(globals()[name]) is int, name, "a whole number")
@@ -207,7 +210,9 @@ def check_hyperparameters(given=()):
     fits = minibatch_size // world_size >= 2
     require(fits, "minibatch_size", f"at least 2 for each of {world_size} processes")
 
-    gpus, here = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    gpus, here = torch.cuda.device_count(), 1
+    if world_size > 1:
+        here = int(os.environ["LOCAL_WORLD_SIZE"])
     devices = ["cpu", "cuda"] if gpus >= here else ["cpu"]
     if world_size == 1:
         devices += [f"cuda:{index}" for index in range(gpus)]
@@ -235,14 +240,42 @@ def check_hyperparameters(given=()):
 
 
 def json_value(text, kind):
-    """Turn an option's text into a list or a dictionary; argparse reports what is neither."""
+    """Turn an option's text into a value of this kind, or any for None; argparse reports others."""
     try:
         value = json.loads(text)
-    except ValueError:
-        value = None
-    if type(value) is not kind:
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not written as JSON") from error
+    if kind is tuple and type(value) is list:
+        value = tuple(value)
+    if kind is not type(None) and type(value) is not kind:
         raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} written as JSON")
     return value
+
+
+def make_parser():
+    """Return a parser with an option for each name of Section 1."""
+    text = Path(__file__).read_text("utf-8").partition("# ## 1. Hyperparameters")[2]
+    parser = argparse.ArgumentParser(
+        prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
+        usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
+        description="Each name is an option, with - in place of _; its value is the default.",
+        epilog=text.partition("# %%")[2].partition("# %%")[0],  # the cell with the names
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name in hyperparameters:
+        kind = type(globals()[name])
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif name in numbers:
+            how = {"type": float}
+        elif kind in (int, float, str):
+            how = {"type": kind}
+        else:
+            how = {"type": functools.partial(json_value, kind=kind)}
+        parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **how)
+    return parser
 
 
 def options_of_the_run(given):
@@ -267,7 +300,8 @@ def options_of_the_run(given):
     require(readable, "run_folder", f"a run's; its checkpoint.pt is damaged or foreign ({theirs})")
     settings = {name: theirs[name] for name in hyperparameters if name in theirs}
     for name, value in settings.items():
-        alike = type(value) is type(globals()[name])
+        kinds_of_both = {type(value), type(globals()[name])}
+        alike = len(kinds_of_both) == 1 or type(None) in kinds_of_both or name in numbers
         require(alike, "run_folder", f"a run's; its checkpoint.pt has {value!r} as its {name}")
     return {name: settings[name] for name in settings if name not in {*given, "run_folder"}}
 
@@ -278,12 +312,14 @@ def stop(signal_number, frame):
     place = globals().get("folder", run_folder)
     kept = "nothing was kept"
     if place and Path(place, "checkpoint.pt").exists():
-        command = ["python", *sys.argv]
-        if world_size > 1:
-            command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *sys.argv]
+        command = [sys.executable, *sys.argv]
         if not run_folder:
             command += ["--run-folder", str(place)]
         kept = f"go on with: {shlex.join(command)}"
+        if world_size > 1:
+            kept = (
+                f"go on with the same torchrun command and --run-folder {shlex.quote(str(place))}"
+            )
     if "progress" in globals():
         progress.close()  # or its last state would follow our line
     if rank == 0:
@@ -307,24 +343,7 @@ try:
     if Path(sys.argv[0]).resolve() == Path(globals().get("__file__", "a notebook")).resolve():
         signal.signal(signal.SIGINT, stop)
         plt.switch_backend("agg")  # pictures go to files, no window is opened
-        text = Path(__file__).read_text("utf-8").partition("# ## 1. Hyperparameters")[2]
-        command_line = argparse.ArgumentParser(
-            prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
-            usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-            description="Each name is an option, with - in place of _; its value is the default.",
-            epilog=text.partition("# %%")[2].partition("# %%")[0],  # the cell with the names
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
-        for name in hyperparameters:
-            how = {"type": type(globals()[name])}
-            if how["type"] is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            elif how["type"] in (list, dict):
-                how = {"type": functools.partial(json_value, kind=how["type"])}
-            option = "--" + name.replace("_", "-")
-            command_line.add_argument(option, help=argparse.SUPPRESS, **how)
+        command_line = make_parser()
         given = vars(command_line.parse_args())
         globals().update(given)
         if run_folder:
@@ -788,6 +807,7 @@ after_iteration = []  # functions that are called with the newest of them
 
 # %%
 import csv
+import fcntl
 import io
 import os
 import sys
@@ -800,6 +820,7 @@ from torch import distributed as dist
 settings = {name: globals()[name] for name in hyperparameters}
 if world_size > 1:
     settings |= the_job  # not this process's share of it
+held = globals().get("held")  # the lock on the folder, if this cell runs once more
 may_differ = {"run_folder", "device", "n_iters", "evaluation_episodes", "evaluation_seed"}
 
 
@@ -824,7 +845,8 @@ def write_tables():
     record = json.dumps({**settings, "world_size": world_size}, indent=2)
     write("hyperparameters.json", lambda file: file.write(record.encode()))
     table = io.StringIO()
-    writer = csv.DictWriter(table, list(history[-1]), restval="", extrasaction="ignore")
+    columns = dict.fromkeys(name for row in history for name in row)
+    writer = csv.DictWriter(table, columns, restval="")
     writer.writeheader()
     writer.writerows(history)
     write("metrics.csv", lambda file: file.write(table.getvalue().encode()))
@@ -842,6 +864,15 @@ def save_checkpoint():
         "optimizer": optimizer.state_dict(),
     }
     write("checkpoint.pt", lambda file: torch.save(checkpoint, file))
+
+
+def check_that_json_can_hold(values):
+    """Raise a ValueError for a hyperparameter that hyperparameters.json could not hold."""
+    for name, value in values.items():
+        try:
+            json.dumps(value)
+        except TypeError as error:
+            raise ValueError(f"{name} is {value!r}, but must be what JSON can hold") from error
 
 
 def is_a_table(rows):
@@ -927,8 +958,37 @@ def make_folder():
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ValueError(
-            f"run_folder is {run_folder!r}, but must be one that can be written ({error})"
+            f"run_folder is {run_folder or str(folder)!r}, but must be one that can be written "
+            f"({error})"
         ) from error
+
+
+def release_folder():
+    """Let other processes have `folder`."""
+    global held
+    if held is not None:
+        os.close(held)
+        held = None
+
+
+def hold_folder():
+    """Lock `folder` until the last iteration is done; a ValueError if another process has it.
+
+    Then nobody else can be writing to it, so what a kill in the middle of writing left is removed.
+    """
+    global held
+    release_folder()
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"run_folder is {run_folder!r}, but must be one in which no other process is training"
+        ) from error
+    except OSError:
+        return  # a file system that knows no locks
+    for left in folder.glob("*." + 32 * "[0-9a-f]" + ".new"):
+        left.unlink()
 
 
 def begin_or_go_on():
@@ -936,8 +996,10 @@ def begin_or_go_on():
     found = [None]
     if rank == 0:
         try:
+            check_that_json_can_hold(settings)
             found = [read_checkpoint()]
             make_folder()
+            hold_folder()
         except ValueError as error:
             found = [error]
     if world_size > 1:
@@ -967,8 +1029,12 @@ def finish_iteration(row):
     """Average `row` over the processes, save, and prepare the next iteration.
 
     (The mean over processes of a variance or a share of it is that of the whole only nearly.)
-    Raises a FloatingPointError, before anything is saved, if a loss or a weight is not finite.
+    Raises a FloatingPointError, before anything is saved, if a loss or a weight is not finite, and
+    a TypeError if a measurement is no number, which could not be read back.
     """
+    for name, value in row.items():
+        if type(value) not in (int, float):
+            raise TypeError(f"row[{name!r}] is {value!r}, but must be an int or a float")
     if world_size > 1:
         names = [name for name in row if name not in ("iteration", "frames")]
         values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=device)
@@ -982,6 +1048,7 @@ def finish_iteration(row):
             f"iteration {row['iteration']} gave a loss or a weight that is not finite; "
             f"it was not saved, and {folder} is as it was before"
         )
+    settings["n_iters"] = max(n_iters, len(history))  # in a notebook it may have grown
     if rank == 0:
         save_checkpoint()
         write_tables()
@@ -990,11 +1057,14 @@ def finish_iteration(row):
 
 
 def leave_after_the_last_iteration():
-    """End the processes beyond the first when there is nothing left to train."""
-    if world_size > 1 and len(history) >= n_iters:
+    """Let go of the folder and end the processes beyond the first, if there is no more to train."""
+    if len(history) < n_iters:
+        return
+    release_folder()
+    if world_size > 1:
         dist.destroy_process_group()
-        if rank > 0:
-            sys.exit()
+    if rank > 0:
+        sys.exit()
 
 
 def normalize_over_all_processes(module, inputs):
@@ -1016,8 +1086,10 @@ if world_size > 1:
     if normalize_advantage:
         loss_module.normalize_advantage = False
         loss_module.register_forward_pre_hook(normalize_over_all_processes)
-    loss_module = nn.parallel.DistributedDataParallel(loss_module, broadcast_buffers=False)
-after_iteration.append(finish_iteration)
+    loss_module = nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
+# The first of the list, and only once, however often this cell runs.
+others = [one for one in after_iteration if getattr(one, "__name__", "") != "finish_iteration"]
+after_iteration[:] = [finish_iteration, *others]
 leave_after_the_last_iteration()
 seed_iteration(len(history))
 
@@ -1111,7 +1183,10 @@ def evaluate(policy):
     test_env = make_env(evaluation_episodes, evaluation_seed)
     # Until each environment has finished its first episode, which is all that counts here.
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
+        played = test_env.rollout(max_steps, policy, break_when_all_done=True)
+    # All of VMAS's environments draw from one generator: training must not go on from this seed.
+    env.set_seed(seed_for("after an evaluation", len(history)))
+    return measure(played)
 
 
 # %% [markdown]
@@ -1243,21 +1318,21 @@ import csv
 from PIL import Image
 
 
-def read_run(place):
+def read_run(place, recorded):
     """Return what a run's folder holds: its settings, its table as lists, and its evaluation."""
-    settings = json.loads((place / "hyperparameters.json").read_text("utf-8"))
     with open(place / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     table = {column: [float(row[column]) for row in rows] for column in ("frames", *drawn)}
     result = place / "evaluation.json"
     evaluated = json.loads(result.read_text("utf-8")) if result.exists() else {"iterations": 0}
     trained = evaluated["trained"] if evaluated["iterations"] == len(rows) else {}  # not of before
-    return {"mappo": settings["mappo"], "settings": settings, "table": table, "trained": trained}
+    return {"mappo": recorded["mappo"], "settings": recorded, "table": table, "trained": trained}
 
 
 def differ_in_seed_only(run, other):
     """Whether two runs are as long and have the same settings, but for seed, flag and place."""
-    changed = {key for key, value in run["settings"].items() if other["settings"].get(key) != value}
+    ours, theirs = run["settings"], other["settings"]
+    changed = {key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)}
     as_long = len(run["table"]["frames"]) == len(other["table"]["frames"])
     return as_long and changed <= {"mappo", "seed", "device", "run_folder", "world_size"}
 
@@ -1266,9 +1341,9 @@ drawn = ("episode_reward", share)
 runs = {}
 for place in sorted(path.parent for path in folder.resolve().parent.glob("*/metrics.csv")):
     try:
-        run = read_run(place)
-        if run["settings"]["scenario_name"] == scenario_name:
-            runs[place] = run
+        recorded = json.loads((place / "hyperparameters.json").read_text("utf-8"))
+        if recorded["scenario_name"] == scenario_name:
+            runs[place] = read_run(place, recorded)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{place} is left out of the learning curves: {type(error).__name__} {error}")
 if folder.resolve() in runs:  # not where cell B was left out

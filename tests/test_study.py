@@ -111,9 +111,11 @@ def test_the_lesson_of_the_slopes_has_its_rows():
         options = f"--n-iters {longest} # {study.SLOPES}"
         falls = study.values("slopes", options, algorithm, f"curve_{study.SLOPE}")
         assert f" {falls[:, iterations - 1].mean():.2f} " in prose(SCRIPT)
-    for algorithm, words in (("MAPPO", "(success {:.2f} with MAPPO"), ("IPPO", "{:.2f} with IPPO)")):
-        runs = ("unbootstrapped", study.UNBOOTSTRAPPED_EIGHT, algorithm, "success_rate")
-        assert words.format(study.values(*runs).mean()) in prose(SCRIPT)
+    ours, theirs = (
+        study.values("unbootstrapped", study.UNBOOTSTRAPPED_EIGHT, algorithm, "success_rate").mean()
+        for algorithm in ("MAPPO", "IPPO")
+    )
+    assert f"(success {ours:.2f} with MAPPO, {theirs:.2f} with IPPO)" in prose(SCRIPT)
     [options] = [run for run, label in study.TOLD_EIGHT.items() if "others" in label]
     found = study.at_end("told", options, "IPPO")
     assert found["success_rate"].min() == 1
