@@ -114,7 +114,7 @@ def test_ctrl_c_says_what_was_kept_and_how_to_go_on(finished, tmp_path):
     assert "Traceback" not in err
     said = err.splitlines()[-1]
     command = shlex.split(said.removeprefix("train_mappo.py: stopped; go on with: "))
-    assert command == ["python", str(SCRIPT), *words]  # the same command once more
+    assert command == [sys.executable, str(SCRIPT), *words]  # the same command once more
     assert len(rows(folder)) == 2
     finish(start(*command[2:], program=[command[1]]))
     assert_same(folder, finished[5])

@@ -152,7 +152,11 @@ def test_the_lesson_of_the_long_runs_has_its_rows():
     ends, paid, gamma = (
         study.values("ends", run, "IPPO", "success_rate").mean() for run in study.ENDS
     )
-    assert f"IPPO still has a success rate of {ends:.2f} after 15 iterations" in prose(SCRIPT)
+    options = f"--n-iters 15 # {study.NO_ENDS} + {study.SLOPES}"
+    fall = study.values("slopes", options, "IPPO", f"curve_{study.SLOPE}")[:, -1]
+    assert len(fall) == 10
+    assert f"the fall stays at {fall.mean():.2f} after 15 iterations" in prose(SCRIPT)
+    assert f"IPPO still has a success rate of {ends:.2f}." in prose(SCRIPT)
     assert f"{paid:.2f} if each robot is paid for itself, and {gamma:.2f} with" in prose(SCRIPT)
     rewards = [
         study.at_stop("lasting", "--n-iters 50", "IPPO", number)["episode_reward"].mean()
