@@ -1108,7 +1108,7 @@ seed_iteration(len(history))
 #
 # The hyperparameters are those of TorchRL's own tutorial for this task, which makes the results
 # comparable. They are no optimum: study/README.md explains two recipes, value by value; with MAPPO
-# one reaches 0.98 in an eighth of the training time, the other 0.99 in a fifth.
+# one reaches 0.98 in a fifth of the training time, the other 0.99 in a third.
 #
 # *What is measured.* `measure` looks at the first episode of each environment only, from its start
 # to its first "done". A later one has only the rest of the batch, too short for a slow success, so

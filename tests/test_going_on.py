@@ -9,6 +9,7 @@ import resource
 import shlex
 import shutil
 import signal
+import sys
 
 import pytest
 import torch

@@ -109,6 +109,7 @@ def test_one_process_speaks_for_all(two):
     assert out.count("A new run in") == out.count("The results of this run") == 1
     assert out.count("episode_reward ") == 1
     assert err.count("MAPPO: 100%") >= 1 and err.count("0/3 [00:00<?, ?it/s]") == 1
+    assert "Warning" not in err
 
 
 def test_a_job_that_lost_a_process_goes_on_by_itself(two, tmp_path):
