@@ -219,8 +219,8 @@ def test_the_first_page_has_its_rows():
     ippo = success("payment", team, "IPPO")
     assert (
         f"Success 1.00 in each of ten runs with MAPPO, in {steps('payment', team, 'MAPPO'):.0f} "
-        f"steps; with `--no-mappo` {two(ippo.mean())} (worst run {two(ippo.min())}, with seed {ippo.argmin()}), in "
-        f"{steps('payment', team, 'IPPO'):.0f}."
+        f"steps; with `--no-mappo` {two(ippo.mean())} (worst run {two(ippo.min())}, with seed "
+        f"{ippo.argmin()}), in {steps('payment', team, 'IPPO'):.0f}."
     ) in page
     assert min(success("payment", each, one).min() for one in ("MAPPO", "IPPO")) == 1
     assert (
