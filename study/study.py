@@ -12,6 +12,7 @@ and metrics.csv for the curves. A stopped study goes on where it was.
 
 import argparse
 import csv
+import functools
 import json
 import os
 import re
@@ -339,12 +340,18 @@ def train(experiment, options, algorithm, seed, threads=1):
     return row
 
 
+@functools.lru_cache(maxsize=4)
+def parse(path, changed):
+    """The rows of a .csv as it was when it was last changed; a report asks for them very often."""
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def read_rows(path):
     """The rows of a .csv, as a list of dictionaries of strings; none if there is no file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+    return parse(path, path.stat().st_mtime_ns)
 
 
 def add_result(row):
