@@ -794,13 +794,13 @@ after_iteration = []  # functions that are called with the newest of them
 # The first of the functions in `after_iteration`, and so the last to be called, is this cell's. It
 # leaves in the run's folder a checkpoint, a table of measurements and the hyperparameters. Each
 # file is written beside the old one and put in its place when it is whole, so a run can be killed
-# at any moment. If `run_folder` names a folder with a checkpoint, the run in it is resumed; any
-# other folder must be new or empty.
+# at any moment. If `run_folder` names a folder with a checkpoint, the run in it is resumed, unless
+# another process is training in it; any other folder must be new or empty.
 #
 # The random numbers of an iteration depend on `seed`, its number and this process's, and on nothing
 # that happened before: so a run that was stopped ends with the same numbers as one that was not (on
-# a CPU, bit for bit; with anneal_lr only for the same n_iters), and MAPPO and IPPO with the same
-# seed start from the same first batch.
+# a CPU with as many threads, bit for bit; with anneal_lr only for the same n_iters), and MAPPO and
+# IPPO with the same seed start from the same first batch.
 #
 # Of several processes the first one reads and writes. `DistributedDataParallel` averages their
 # gradients in each backward pass, and the mean and the deviation that normalise the advantages are
