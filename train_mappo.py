@@ -312,14 +312,12 @@ def stop(signal_number, frame):
     place = globals().get("folder", run_folder)
     kept = "nothing was kept"
     if place and Path(place, "checkpoint.pt").exists():
-        command = [sys.executable, *sys.argv]
-        if not run_folder:
-            command += ["--run-folder", str(place)]
-        kept = f"go on with: {shlex.join(command)}"
-        if world_size > 1:
-            kept = (
-                f"go on with the same torchrun command and --run-folder {shlex.quote(str(place))}"
-            )
+        here = shlex.quote(str(place))
+        kept = f"go on with the same torchrun command and --run-folder {here}"
+        if world_size == 1:
+            kept = f"go on with: {shlex.join([sys.executable, *sys.argv])}"
+            if not run_folder:
+                kept += f" --run-folder {here}"
     if "progress" in globals():
         progress.close()  # or its last state would follow our line
     if rank == 0:

@@ -35,7 +35,12 @@ def seconds(work):
     return time.perf_counter() - start
 
 
-def take_turns(table, works, turns, amount, algorithm="MAPPO"):
+def row_of(*cells):
+    """A row of speed.csv."""
+    return dict(zip(SPEED_COLUMNS, cells, strict=True))
+
+
+def take_turns(table, works, turns, amount):
     """Let the functions in the dictionary `works` take turns; return a row for each turn of each.
 
     A row has the keys SPEED_COLUMNS; `amount` is how many steps or frames one turn of one is.
@@ -45,8 +50,7 @@ def take_turns(table, works, turns, amount, algorithm="MAPPO"):
     rows = []
     for turn in range(turns):
         for name, work in works.items():
-            cells = [table, name, algorithm, turn, amount, seconds(work)]
-            rows.append(dict(zip(SPEED_COLUMNS, cells, strict=True)))
+            rows.append(row_of(table, name, "MAPPO", turn, amount, seconds(work)))
     return rows
 
 
@@ -72,9 +76,9 @@ def benchmark_recipes(turns, algorithms):
     rows = []
     for turn in range(turns):
         for name, options, algorithm, amount in works:
-            row = train("benchmark", options, algorithm, turn, threads)
-            cells = ["trainings", name, algorithm, turn, amount, float(row["training_seconds"])]
-            rows.append(dict(zip(SPEED_COLUMNS, cells, strict=True)))
+            run = train("benchmark", options, algorithm, turn, threads)
+            taken = float(run["training_seconds"])
+            rows.append(row_of("trainings", name, algorithm, turn, amount, taken))
     return rows
 
 

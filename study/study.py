@@ -60,6 +60,7 @@ MARKER = {"MAPPO": "o", "IPPO": "s"}
 EIGHT = "--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10 --num-cells 128"
 SHARED = """--scenario-options '{"collisions": false, "shared_rew": true}'"""
 OWN = """--scenario-options '{"collisions": false, "shared_rew": false}'"""
+TEAM_PAID, EACH_PAID = f"{EIGHT} {SHARED}", f"{EIGHT} {OWN}"
 
 SMALL = "--anneal-lr --lmbda 0.8 --num-cells 64 --gamma 0.95"
 RECIPES = {
@@ -159,14 +160,14 @@ ENDS = {
     """--n-iters 15 --scenario-options '{"shared_rew": false}'""": "each robot paid for itself",
     "--gamma 0.9 --n-iters 15": "gamma 0.9",
 }
-OWN_CRITICS = f"{EIGHT} {OWN} --no-share-parameters-critic"
+OWN_CRITICS = f"{EACH_PAID} --no-share-parameters-critic"
 
 # IPPO's critic with one number more, over twenty iterations and with eight robots paid as a team.
 ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
 TOLD_LONG = f"--n-iters 20 # {TOLD}"
-TOLD_EIGHT = {f"{EIGHT} {SHARED} # {change}": label for change, label in ONE_NUMBER.items()}
-# Without bootstrapping (but where an episode is cut off), what a critic sees can only be noise.
-UNBOOTSTRAPPED_EIGHT = f"{EIGHT} {SHARED} --lmbda 1"
+TOLD_EIGHT = {f"{TEAM_PAID} # {change}": label for change, label in ONE_NUMBER.items()}
+# Without bootstrapping (but where an episode is cut off), a critic is a baseline and no more.
+UNBOOTSTRAPPED_EIGHT = f"{TEAM_PAID} --lmbda 1"
 # Do the runs of IPPO that fell behind with a recipe do so for the same reason?
 HURRIED = [f"{options} # {change}" for options in RECIPES.values() for change in (NO_ENDS, TOLD)]
 
@@ -188,7 +189,6 @@ def pairs(options, seeds=range(10)):
     return [(options, algorithm, seed) for seed in seeds for algorithm in ("MAPPO", "IPPO")]
 
 
-TEAM_PAID, EACH_PAID = f"{EIGHT} {SHARED}", f"{EIGHT} {OWN}"
 EXPERIMENTS = {
     "flag": pairs(""),
     "fresh": pairs("", seeds=range(10, 20)),
@@ -864,15 +864,18 @@ def with_tables(text):
 # ---------------------------------------------------------------------------------------- figures
 
 
-def draw_marks(axes, place, runs, algorithm, **label):
-    """A mark for each run beside one another, so that equal ones can be counted, and their mean.
+def mark_of(algorithm):
+    """How the mark of a run is drawn: MAPPO's filled and IPPO's open, which shows in print, too."""
+    color = COLOR[algorithm]
+    inside = color if algorithm == "MAPPO" else "white"
+    style = {"linestyle": "none", "marker": MARKER[algorithm], "markersize": 5}
+    return {**style, "color": color, "markerfacecolor": inside}
 
-    MAPPO's marks are filled and IPPO's are open, which shows in print, too.
-    """
-    inside = COLOR[algorithm] if algorithm == "MAPPO" else "white"
+
+def draw_marks(axes, place, runs, algorithm, **label):
+    """A mark for each run beside one another, so that equal ones can be counted, and their mean."""
     where = place + np.linspace(-0.09, 0.09, len(runs))
-    style = {"color": COLOR[algorithm], "markerfacecolor": inside, "markersize": 5}
-    axes.plot(where, runs, MARKER[algorithm], **style, **label)
+    axes.plot(where, runs, **mark_of(algorithm), **label)
     axes.hlines(runs.mean(), place - 0.14, place + 0.14, color="black", linewidth=2)
 
 
@@ -967,11 +970,9 @@ def draw_variants(name, variants, columns):
     for axes, (column, (xlabel, xlim)) in zip(both, columns.items(), strict=True):
         for place, (label, found) in enumerate(variants):
             algorithm = "IPPO" if label.startswith("IPPO") else "MAPPO"
-            inside = COLOR[algorithm] if algorithm == "MAPPO" else "white"
             runs = found[column]
             where = place + np.linspace(-0.2, 0.2, len(runs))
-            style = {"color": COLOR[algorithm], "markerfacecolor": inside, "markersize": 5}
-            axes.plot(runs, where, MARKER[algorithm], **style)
+            axes.plot(runs, where, **mark_of(algorithm))
             axes.vlines(runs.mean(), place - 0.3, place + 0.3, color="black", linewidth=2)
         axes.set(xlabel=xlabel, xlim=xlim)
         axes.grid(axis="x", alpha=0.3)

@@ -1,20 +1,17 @@
 """What learners do to Section 1 and to `after_iteration`, and what the run's files make of it."""
 
-import csv
 import json
-import subprocess
-import sys
 
 import pytest
 
-from cells import read_cells, with_values
-from conftest import SCRIPT, TINY, finish, options, run_inside, start
+from cells import read_cells, with_values, without
+from conftest import SCRIPT, TINY, finish, load, options, rows, run_inside, start
 
 
 def changed(folder, *lines, **values):
     """A copy of the script with other values and with more lines at the end of Section 1's cell."""
     text = SCRIPT.read_text("utf-8")
-    [cell] = [cell.source for cell in read_cells() if "n_iters = " in cell.source][:1]
+    [cell] = [cell.source for cell in read_cells() if cell.source.startswith("mappo = ")]
     new = with_values(cell, **values).rstrip("\n") + "\n" + "\n".join(lines) + "\n\n"
     path = folder / "train_mappo.py"
     path.write_text(text.replace(cell, new), encoding="utf-8")
@@ -73,19 +70,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def measured(added, folder, status=0):
     """A run in which `added` is what a function in `after_iteration` does; its stderr."""
-    words = [sys.executable, "-c", MEASURE, added, SCRIPT, *options(run_folder=folder)]
-    process = subprocess.Popen(
-        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
-    )
-    return finish(process, status)[1]
+    words = (added, SCRIPT, *options(run_folder=folder))
+    return finish(start(*map(str, words), program=("-c", MEASURE)), status)[1]
 
 
 def test_measurements_of_ones_own_are_columns_in_some_rows_or_in_all(tmp_path):
     run = tmp_path / "run"
     measured("row.update(twice=2.0 * row['iteration'])\nif row['iteration'] < 1: row['x'] = 7", run)
-    with open(run / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [(row["twice"], row["x"]) for row in rows] == [("0.0", "7"), ("2.0", "")]
+    assert [(row["twice"], row["x"]) for row in rows(run)] == [("0.0", "7"), ("2.0", "")]
 
 
 @pytest.mark.parametrize("value", ["True", "'x'", "None", "torch.tensor(1.0)"])
@@ -100,13 +92,10 @@ def test_an_evaluation_on_the_way_does_not_repeat_the_starts_of_training(tmp_pat
     """Also without cell B, which sets the random numbers of each iteration."""
     names = {"__name__": "a notebook"}
     starts = []
-    for cell in read_cells():
-        source = cell.source
-        if cell.part in ("A", "B", "C"):
-            continue
-        if "n_iters = " in source and "mappo = " in source:
+    for source in without("A", "B", "C"):
+        if source.startswith("mappo = "):
             source = with_values(source, **{**TINY, "n_iters": 3, "run_folder": str(tmp_path)})
-        if source.lstrip().startswith("needed = "):
+        if source.startswith("needed = "):
             names["after_iteration"].append(lambda row: names["evaluate"](names["policy"]))
             names["after_iteration"].append(
                 lambda row: starts.append(names["batch"]["agents", "observation"][:, 0].clone())
@@ -126,7 +115,7 @@ def test_two_processes_do_not_train_in_one_folder(tmp_path):
     (run / ("checkpoint.pt." + "0" * 32 + ".new")).write_text("left by a kill")
     first.kill()
     first.communicate()
-    done = len(list(csv.DictReader((run / "metrics.csv").read_text().splitlines())))
+    done = len(load(run)["history"])
     finish(start("--run-folder", run, "--n-iters", done + 1))
     assert [path.name for path in run.iterdir() if path.name.endswith(".new")] == []
 

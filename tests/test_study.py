@@ -193,7 +193,7 @@ def test_the_first_page_has_its_rows():
         means = []
         for number in (10, 15, 20):
             found = study.at_stop("lasting", "--n-iters 50", algorithm, number)
-            means.append(f"{two(found['success_rate'].mean())}")
+            means.append(two(found["success_rate"].mean()))
         assert f"| {algorithm} | {' | '.join(means)} |" in page
 
     def success(name, options, algorithm):
@@ -228,7 +228,7 @@ def test_the_first_page_has_its_rows():
         f"{steps('payment', each, 'IPPO'):.0f} steps"
     ) in page
     both = [success("horizon", "--gamma 0.9", one) for one in ("MAPPO", "IPPO")]
-    [mean] = {f"{two(one.mean())}" for one in both}
+    [mean] = {two(one.mean()) for one in both}
     assert (
         f"Success {mean} with both (worst runs {two(both[0].min())} and {two(both[1].min())})"
         in page
@@ -331,8 +331,7 @@ def test_the_times_of_a_turn_are_compared_with_each_other():
     rows = []
     for name, (amount, seconds) in times.items():
         for turn, taken in enumerate(seconds):
-            cells = ["trainings", name, "MAPPO", turn, amount, taken]
-            rows.append(dict(zip(study.SPEED_COLUMNS, cells, strict=True)))
+            rows.append(benchmark.row_of("trainings", name, "MAPPO", turn, amount, taken))
     table = study.speed_of_trainings(rows)
     assert table.splitlines()[-1] == "| quick | MAPPO | 2.0 | 2.00 (1.00 to 2.00) |"
 
