@@ -178,21 +178,38 @@ from torch import distributed as dist
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers import get_logger
 
-# VMAS warns of options that a scenario does not know, and where it finds no room for all agents it
-# warns and keeps searching. Both become errors. It also warns where a scenario sets n_agents itself.
+# VMAS warns of options that a scenario does not know. Where it finds no room for all agents, it
+# warns and keeps searching. Both become errors. An n_agents that a scenario ignores is harmless.
 warnings.filterwarnings("error", "Scenario kwargs")
 warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
 warnings.filterwarnings("error", "It is taking many iterations to spawn")
+
+
+def is_number(x):
+    """Return True for a finite int or float that is not negative; False for a bool."""
+    return type(x) in (int, float) and 0 <= x < math.inf
+
 
 FLAGS = ["mappo", "anneal_lr", "normalize_advantage"]
 FLAGS += ["share_parameters_policy", "share_parameters_critic"]
 COUNTS = ["n_agents", "max_steps", "frames_per_batch", "n_iters", "num_epochs", "minibatch_size"]
 COUNTS += ["depth", "num_cells", "evaluation_episodes"]
 SEEDS = ["seed", "evaluation_seed"]
-NUMBERS = ["lr", "max_grad_norm", "clip_epsilon", "gamma", "lmbda", "entropy_eps", "critic_coeff"]
+SCALES = ["lr", "max_grad_norm", "critic_coeff"]
 TEXTS = ["device", "run_folder", "logger"]
-LOGGERS = ["", "tensorboard", "wandb", "mlflow", "trackio", "csv"]
-MAY_CHANGE = {"run_folder", "device", "n_iters", "evaluation_episodes", "evaluation_seed", "logger"}
+CHECKS = [  # which hyperparameters, what they must be, and when they are
+    (FLAGS, "True or False", lambda x: type(x) is bool),
+    (COUNTS, "a whole number from 1 to a billion", lambda x: type(x) is int and 0 < x <= 10**9),
+    (SEEDS, "a whole number from 0 to 2**32 - 1", lambda x: type(x) is int and 0 <= x < 2**32),
+    (SCALES, "a number above 0", lambda x: is_number(x) and x > 0),
+    (["gamma", "lmbda"], "a number from 0 to 1", lambda x: is_number(x) and x <= 1),
+    (["clip_epsilon"], "a number between 0 and 1", lambda x: is_number(x) and 0 < x < 1),
+    (["entropy_eps"], "a number from 0 on", is_number),
+    (TEXTS, "a string", lambda x: type(x) is str),
+    (["scenario_options"], "a dictionary", lambda x: type(x) is dict),
+    (["scenario_name"], "a string or a class", lambda x: isinstance(x, (str, type))),
+]
+MAY_CHANGE = ["run_folder", "logger", "device", "n_iters", "evaluation_episodes", "evaluation_seed"]
 command_line, given = None, {}  # argparse's parser and the options given, if this is a program
 
 
@@ -211,7 +228,7 @@ def require(condition, name, expected):
 
 def find_hyperparameters():
     """Return the names of Section 1, with those that a reader has added to its cells."""
-    names = [*FLAGS, *COUNTS, *SEEDS, *NUMBERS, *TEXTS, "scenario_name", "scenario_options"]
+    names = dict.fromkeys(name for group, _, _ in CHECKS for name in group)
     cells, added = globals().get("In", []), {}  # In: the cells that IPython has run
     if not cells and "__file__" in globals():
         cells = re.split(r"^# %%.*$", Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
@@ -220,23 +237,19 @@ def find_hyperparameters():
             statements = ast.parse(cell).body
         except SyntaxError:  # a command of IPython's
             continue
-        targets = []
-        for statement in statements:
-            if isinstance(statement, ast.Assign):
-                targets += statement.targets
-            elif isinstance(statement, ast.AnnAssign) and statement.value:
-                targets.append(statement.target)
+        targets = [target for one in statements for target in getattr(one, "targets", [])]
+        targets += [one.target for one in statements if isinstance(one, ast.AnnAssign)]
         assigned = [target.id for target in targets if isinstance(target, ast.Name)]
-        if not set(assigned).isdisjoint(names):
-            added.update(dict.fromkeys(name for name in assigned if name in globals()))
-    return list(dict.fromkeys([*names, *added]))
+        if not names.keys().isdisjoint(assigned):
+            added |= dict.fromkeys(name for name in assigned if name in globals())
+    return [*(names | added)]
 
 
 def as_json(name):
     """Return the value of a hyperparameter as JSON holds it; refuse it if JSON cannot."""
     value = globals()[name]
-    if name == "scenario_name":
-        return getattr(value, "__name__", value)  # a class goes by its name
+    if isinstance(value, type):
+        return value.__name__  # of the reader's own scenario
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):
@@ -246,52 +259,35 @@ def as_json(name):
 def check_hyperparameters():
     """Refuse values that cannot work; set `n_agents` where the scenario decides it itself."""
     global n_agents
-    for name in FLAGS:
-        require(type(globals()[name]) is bool, name, "True or False")
-    for name in TEXTS:
-        require(isinstance(globals()[name], str), name, "a string")
-    for name in NUMBERS:
-        require(type(globals()[name]) in (int, float), name, "a number")
-        require(0 <= globals()[name] < math.inf, name, "a finite number from 0 on")
-    for name in [*COUNTS, *SEEDS]:
-        require(type(globals()[name]) is int, name, "a whole number")
-    for name in COUNTS:
-        require(1 <= globals()[name] <= 10**9, name, "from 1 to a billion")
-    for name in SEEDS:
-        require(0 <= globals()[name] < 2**32, name, "from 0 to 2**32 - 1")
-    for name in ["lr", "max_grad_norm", "critic_coeff"]:
-        require(globals()[name] > 0, name, "above 0")
-    require(0 < clip_epsilon < 1, "clip_epsilon", "between 0 and 1")
-    for name in ["gamma", "lmbda"]:
-        require(globals()[name] <= 1, name, "from 0 to 1")
-    processes = f" for {world_size} processes" if world_size > 1 else ""
+    for names, expected, is_right in CHECKS:
+        for name in names:
+            require(is_right(globals()[name]), name, expected)
+    for name in hyperparameters:
+        as_json(name)
     fits = frames_per_batch % (max_steps * world_size) == 0
-    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}{processes}")
+    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, for each process")
     fits = frames_per_batch % minibatch_size == 0 and minibatch_size % world_size == 0
-    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}{processes}")
-    fits = minibatch_size >= 2 * world_size  # or there is no standard deviation
-    require(fits, "minibatch_size", f"at least 2{processes and ' for each of the processes'}")
+    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}")
+    fits = minibatch_size >= 2 * world_size
+    require(fits, "minibatch_size", "at least 2 for each process, to have a standard deviation")
 
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
     devices += [f"cuda:{index}" for index in range(gpus) if world_size == 1]
     require(device in devices, "device", f"{' or '.join(devices)}: GPUs here: {gpus}")
-    require(logger in LOGGERS, "logger", f"one of {LOGGERS}")
-    installed = logger in ("", "csv") or importlib.util.find_spec(logger)
-    require(installed, "logger", f"an installed package: pip install {logger}")
+    loggers = ["", "tensorboard", "wandb", "mlflow", "trackio", "csv"]
+    require(logger in loggers, "logger", f"one of {loggers}")
+    installed = logger in ("", "csv") or importlib.util.find_spec(logger) is not None
+    require(installed, "logger", f"a package that is installed; try: pip install {logger}")
 
     own = isinstance(scenario_name, type)
     known = own or scenario_name in VmasEnv.available_envs
     require(known, "scenario_name", "one of " + ", ".join(VmasEnv.available_envs))
-    require(type(scenario_options) is dict, "scenario_options", "a dictionary")
     require("n_agents" not in scenario_options, "scenario_options", "without n_agents, set above")
-    for name in hyperparameters:
-        as_json(name)
-    copies = min(1000, max(evaluation_episodes, frames_per_batch // max_steps))
     try:
         trial = VmasEnv(
             scenario_name() if own else scenario_name,
-            num_envs=copies,
+            num_envs=min(1000, max(evaluation_episodes, frames_per_batch // max_steps)),
             seed=evaluation_seed,
             device="cpu",
             scenario_kwargs={"n_agents": n_agents, **scenario_options},
@@ -310,49 +306,47 @@ def check_hyperparameters():
 
 
 def read_run(place):
-    """Return the hyperparameters and the history that a run has recorded; ({}, []) if it is new.
+    """Return the hyperparameters and the history of the run in a folder; ({}, []) for a new one.
 
     Refuses a folder that holds something else, and a run whose files are damaged.
     """
     here = f"run_folder is {str(place)!r}, but must be"
     try:
-        names = [path.name for path in place.iterdir()] if place.exists() else []
+        names = {path.name for path in place.iterdir()} if place.exists() else set()
     except OSError as error:
         refuse(f"{here} a folder ({error})")
-    files = [name for name in names if name.startswith("checkpoint-")]
-    others = [name for name in names if name[0] != "." and name != "hyperparameters.json"]
-    if others and not (files and "hyperparameters.json" in names):
-        refuse(f"{here} new, empty or the folder of a run; it holds {others[0]} and no whole run")
+    saved = any(name.startswith("checkpoint-") for name in names)
+    visible = {name for name in names if name[0] != "."} - {"hyperparameters.json"}
+    if visible and not (saved and "hyperparameters.json" in names):
+        refuse(f"{here} new, empty or a run; it holds {min(visible)} and no complete run")
     if "hyperparameters.json" not in names:
         return {}, []
     try:
-        recorded = dict(json.loads((place / "hyperparameters.json").read_text("utf-8")))
-        past = []
-        if files:
+        recorded, past = dict(json.loads((place / "hyperparameters.json").read_text("utf-8"))), []
+        if saved:
             newest = CheckpointRotation(place, keep_last=2).latest()
-            members = zipfile.ZipFile(newest).namelist()
-            if any(Path(name).suffix not in (".json", ".memmap") for name in members):
-                raise ValueError("it holds files that could run code")
+            kinds = {Path(member).suffix for member in zipfile.ZipFile(newest).namelist()}
+            if kinds - {".json", ".memmap"}:  # numbers and text; anything else could run code
+                raise ValueError(f"it holds files of other kinds, {kinds}")
             Checkpoint(history=past).load(newest)
-        if type(recorded["world_size"]) is not int or [row["iteration"] for row in past] != [
-            *range(len(past))
-        ]:
-            raise ValueError("its history is not that of a run")
+        rows = [row["iteration"] for row in past]
+        if rows != [*range(len(rows))] or type(recorded["world_size"]) is not int:
+            raise ValueError("its records are incomplete")
     except Exception as error:
         refuse(f"{here} a run; its files are damaged or foreign ({type(error).__name__}: {error})")
     return recorded, past
 
 
 def check_against(recorded, past):
-    """Refuse hyperparameters that contradict those of the run that is to be resumed."""
+    """Refuse hyperparameters that contradict those of the run to be resumed."""
     for name in hyperparameters:
-        if name in recorded and name not in MAY_CHANGE and as_json(name) != recorded[name]:
-            require(False, name, f"{recorded[name]!r} as in the run, or run_folder another one")
+        same = name not in recorded or name in MAY_CHANGE or as_json(name) == recorded[name]
+        require(same, name, f"{recorded.get(name)!r} as in the run, or run_folder another one")
     require(n_iters >= len(past), "n_iters", f"at least {len(past)}, which are done")
 
 
 def number(text):
-    """Parse an option of a hyperparameter that is a number."""
+    """Parse the option of a hyperparameter that is a number."""
     try:
         return int(text)
     except ValueError:
@@ -360,7 +354,7 @@ def number(text):
 
 
 def parse_json(text):
-    """Parse an option of a hyperparameter that is a list, a dictionary or None."""
+    """Parse the option of a hyperparameter that is a list, a dictionary or None."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -368,7 +362,7 @@ def parse_json(text):
 
 
 def make_parser():
-    """Return a parser with an option for each hyperparameter; its help is Section 1 itself."""
+    """Return a parser with an option for each hyperparameter, and Section 1 as its help."""
     section_1 = Path(__file__).read_text("utf-8").partition("\nmappo")[2].partition("\n# %%")[0]
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
@@ -380,9 +374,9 @@ def make_parser():
         allow_abbrev=False,
     )
     for name in hyperparameters:
-        value = globals()[name]
-        parse = {int: number, float: number, str: str, type: str}.get(type(value), parse_json)
-        how = {"action": argparse.BooleanOptionalAction} if type(value) is bool else {"type": parse}
+        kind, how = type(globals()[name]), {"action": argparse.BooleanOptionalAction}
+        if kind is not bool:
+            how = {"type": {int: number, float: number, str: str, type: str}.get(kind, parse_json)}
         parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **how)
     return parser
 
@@ -393,74 +387,59 @@ def read_command_line():
     command_line = make_parser()
     given = vars(command_line.parse_args())
     globals().update(given)
-    if type(run_folder) is str and run_folder:
-        recorded, past = read_run(Path(run_folder))
-        mine = [name for name in hyperparameters if name not in {"run_folder", *given}]
-        theirs = {name: recorded[name] for name in mine if name in recorded}
-        theirs = {name: value for name, value in theirs.items() if as_json(name) != value}
-        globals().update(theirs)
-        check_hyperparameters()
-        check_against(recorded, past)
-        if theirs:
-            print("Kept from the run:", ", ".join(f"{name} = {theirs[name]!r}" for name in theirs))
-        try:
+    recorded, past = read_run(Path(run_folder)) if run_folder else ({}, [])
+    mine = {name for name in hyperparameters if name in recorded} - {"run_folder", *given}
+    kept = {name: recorded[name] for name in mine if as_json(name) != recorded[name]}
+    globals().update(kept)
+    check_hyperparameters()
+    check_against(recorded, past)
+    try:
+        if run_folder:
             Path(run_folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_folder).close()
-        except OSError as error:
-            require(False, "run_folder", f"a folder that can be written ({error})")
-    else:
-        check_hyperparameters()
+    except OSError as error:
+        require(False, "run_folder", f"a folder that can be written ({error})")
+    if kept:
+        print("Kept from the run:", ", ".join(f"{name} = {kept[name]!r}" for name in sorted(kept)))
 
 
 def explain_the_end(kind, error, trace):
-    """Say in one line how to resume after Ctrl-C, or that there is no room for so many agents."""
-    is_program = vars(sys.modules["__main__"]) is globals() and not hasattr(sys, "ps1")
+    """Instead of a traceback, say how to resume after Ctrl-C, or that there are too many agents."""
     place = globals().get("folder", Path(run_folder or "."))
-    if is_program and kind is KeyboardInterrupt:
-        words = [sys.executable, *sys.argv, *([] if run_folder else ["--run-folder", str(place)])]
-        kept = [*place.glob("checkpoint-*")]
-        how = f"resume with: {shlex.join(words)}" if kept else "nothing was saved"
-        if world_size > 1 and kept:
-            how = (
-                f"resume with the same torchrun command and --run-folder {shlex.quote(str(place))}"
-            )
-        if rank == 0:
-            print(f"\ntrain_mappo.py: stopped; {how}", file=sys.stderr)
-    elif is_program and "many iterations to spawn" in str(error):
-        print(f"\ntrain_mappo.py: no room for n_agents = {n_agents}; use fewer", file=sys.stderr)
-    else:
+    sentence = None
+    if kind is KeyboardInterrupt:
+        kept = any(place.glob("checkpoint-*"))
+        how = f"resume with: python {sys.argv[0]} --run-folder {shlex.quote(str(place))}"
+        sentence = f"stopped; {how if kept else 'nothing was saved'}"
+    elif "many iterations to spawn" in str(error):
+        sentence = f"n_agents is {n_agents}, but must be fewer: VMAS found no room for all"
+    is_program = vars(sys.modules["__main__"]) is globals() and not hasattr(sys, "ps1")
+    if sentence is None or not is_program:
         sys.__excepthook__(kind, error, trace)
-
-
-def write_whole(name, text):
-    """Write a file of the run under another name and rename it, so that it is never half."""
-    new = folder / f".{name}.new"
-    new.write_text(text, encoding="utf-8")
-    new.replace(folder / name)
+    elif rank == 0:
+        print(f"\ntrain_mappo.py: {sentence}", file=sys.stderr)
 
 
 def write_tables():
     """Write hyperparameters.json and metrics.csv."""
     record = {name: as_json(name) for name in hyperparameters}
-    record |= {**the_job, "world_size": world_size}
-    write_whole("hyperparameters.json", json.dumps(record, indent=2))
-    table = io.StringIO()
+    record = json.dumps({**record, **the_job, "world_size": world_size}, indent=2)
+    save_whole("hyperparameters.json", lambda path: path.write_text(record, "utf-8"))
     columns = sorted({name for row in history for name in row} - {"iteration", "frames"})
-    writer = csv.DictWriter(table, ["iteration", "frames", *columns])
+    table = io.StringIO()
+    writer = csv.DictWriter(table, ["iteration", "frames", *columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    if history:
-        write_whole("metrics.csv", table.getvalue())
+    save_whole("metrics.csv", lambda path: path.write_text(table.getvalue(), "utf-8"))
 
 
 def start_or_resume():
-    """Save the start of a new run, or load the newest checkpoint; then wrap the loss if shared."""
-    global checkpoints, checkpoint, loss_module, log
+    """Begin a new run in `folder`, or load the newest checkpoint of the run that is there."""
+    global checkpoint, checkpoints, log, loss_module
     hyperparameters[:] = find_hyperparameters()
-    if world_size == 1:
-        check_hyperparameters()  # in a notebook, they may have changed
     recorded, past = read_run(folder)
-    if world_size == 1:
+    if world_size == 1:  # in a notebook, values may have changed
+        check_hyperparameters()
         check_against(recorded, past)
     networks = {"untrained_policy": untrained_policy, "policy": policy, "critic": critic}
     checkpoint = Checkpoint(format="archive", history=history, optimizer=optimizer, **networks)
@@ -475,10 +454,9 @@ def start_or_resume():
         print(f"Resuming {folder}: {len(history)} of {n_iters} iterations are done")
         if recorded["world_size"] != world_size:
             print(f"It had {recorded['world_size']} process(es) and now has {world_size}")
-        if anneal_lr and n_iters != recorded["n_iters"] and len(history) < n_iters:
-            now = lr * (1 - len(history) / n_iters)
-            last = optimizer.param_groups[0]["lr"]
-            print(f"The learning rate was {last:.2g} and continues at {now:.2g}, to fall to 0")
+        if anneal_lr and recorded["n_iters"] < n_iters:
+            last, now = optimizer.param_groups[0]["lr"], lr * (1 - len(history) / n_iters)
+            print(f"The learning rate was {last:.2g}. It continues at {now:.2g} and falls to 0.")
     else:
         print(f"New run: {folder}")
     if world_size > 1:
@@ -489,12 +467,8 @@ def start_or_resume():
         write_tables()
         if not checkpoints.latest():
             checkpoints.save(checkpoint, step=0)
-        log = get_logger(
-            logger,
-            logger_name=str(folder / "log"),
-            experiment_name=folder.name,
-            wandb_kwargs={"id": folder.name, "resume": "allow"},
-        )
+        where = {"logger_name": str(folder / "log"), "experiment_name": folder.name}
+        log = get_logger(logger, **where, wandb_kwargs={"id": folder.name, "resume": "allow"})
         if log is not None:
             log.log_hparams({name: str(as_json(name)) for name in hyperparameters})
     leave_after_the_last_iteration()
@@ -503,7 +477,7 @@ def start_or_resume():
 def save_iteration(row):
     """Average the measurements over the processes, then save a checkpoint, the tables and the log.
 
-    Keep this the last function in `after_iteration`, so that it saves what yours put into `row`.
+    The last function in `after_iteration`, so that it saves what others have put into `row`.
     """
     row.update({name: x if isinstance(x, int) else float(x) for name, x in row.items()})
     if world_size > 1:
@@ -560,9 +534,8 @@ if world_size > 1:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)  # before anything is built, or all would share GPU 0
 for functions, mine in ((before_training, start_or_resume), (after_iteration, save_iteration)):
-    name = mine.__name__  # if this cell runs again, it replaces its own function
-    others = [other for other in functions if getattr(other, "__name__", "") != name]
-    functions[:] = [*others, mine]
+    others = [one for one in functions if getattr(one, "__name__", "") != mine.__name__]
+    functions[:] = [*others, mine]  # once, however often this cell runs
 
 # %% [markdown]
 # ---
@@ -1050,6 +1023,16 @@ penalty = {"collisions": True, "agent_collision_penalty": -1, **scenario_options
 counts_collisions = navigation and penalty["collisions"] and penalty["agent_collision_penalty"] != 0
 
 
+def save_whole(name, save):
+    """Let `save` write a file of the run under another name, then rename it: whole or absent."""
+    unfinished = folder / f".unfinished-{name}"
+    try:
+        save(unfinished)
+        unfinished.replace(folder / name)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def measure(data):
     """Return the mean return, success rate, length and collisions of the first episodes in `data`.
 
@@ -1155,18 +1138,6 @@ policy_options = {"n_agent_outputs": 2 * n_actions, "centralized": False}
 policy_options["share_params"] = share_parameters_policy
 saved_policy = {"network": {**network_options, **policy_options}, **action_bounds}
 saved_policy["state_dict"] = policy[0].module[0].state_dict()  # of its MultiAgentMLP
-
-
-def save_whole(name, save):
-    """Let `save` write a file under another name, then rename it, so that it is whole or absent."""
-    unfinished = folder / f".unfinished-{name}"
-    try:
-        save(unfinished)
-        unfinished.replace(folder / name)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
 save_whole("policy.pt", lambda path: torch.save(saved_policy, path))
 save_whole("evaluation.json", lambda path: path.write_text(json.dumps(evaluation, indent=2)))
 print(f"The results are in {folder}")
@@ -1337,7 +1308,7 @@ if navigation:
 # | individual rewards | `--n-iters 15 --scenario-options '{"shared_rew": false}'` | IPPO lasts |
 # | a shorter horizon | `--n-iters 15 --gamma 0.9` | IPPO lasts |
 # | fewer epochs | `--n-iters 50 --num-epochs 10` | IPPO forgets, only later |
-# | more robots | `--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10 --num-cells 128` | MAPPO leads |
+# | more robots | `--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10` | MAPPO leads |
 #
 # The class kit in teaching/ has two more. There you bootstrap arrivals as if they were time limits,
 # and you tell the local critic a single number, the remaining distance of the other robots. Both
