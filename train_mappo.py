@@ -677,7 +677,10 @@ untrained_policy = ProbabilisticActor(
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
 policy = copy.deepcopy(untrained_policy)  # this one learns; Section 9 compares the two
-print(policy(env.reset())["agents", "loc"][0])  # the mean action of each robot in one environment
+means = policy(env.reset())["agents", "loc"]  # (num_vmas_envs, n_agents, n_actions)
+print("mean actions of one environment, a row for each robot:")
+for row in means[0].tolist():
+    print(*(f"{x:9.4f}" for x in row))
 
 # %% [markdown]
 # @@out:policy
@@ -714,7 +717,8 @@ critic = TensorDictModule(
     in_keys=[("agents", "observation")],
     out_keys=[("agents", "state_value")],
 )
-print(critic(env.reset())["agents", "state_value"][0].squeeze(-1).tolist())
+values = critic(env.reset())["agents", "state_value"]  # (num_vmas_envs, n_agents, 1)
+print("values of one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist()))
 
 # %% [markdown]
 # @@out:critic
@@ -727,19 +731,26 @@ print(critic(env.reset())["agents", "state_value"][0].squeeze(-1).tolist())
 # library, so you can trust what you read. You may skip every cell called "open the box", because no
 # other cell uses its results.
 
+
 # %%
-box_observation = env.reset()["agents", "observation"]  # (num_vmas_envs, n_agents, n_obs)
-box_hidden = box_observation
-if mappo:  # join all observations, and give the result to every agent
-    box_hidden = box_observation.flatten(-2).unsqueeze(-2).expand(-1, env.n_agents, -1)
-box_parameters = [parameter.detach() for parameter in critic_network.parameters()]
-box_layers = list(zip(box_parameters[::2], box_parameters[1::2], strict=True))
-for number, (weight, bias) in enumerate(box_layers):
-    weight = weight.expand(env.n_agents, *weight.shape[-2:])  # (n_agents, outputs, inputs)
-    box_hidden = torch.einsum("eai,aoi->eao", box_hidden, weight) + bias
-    if number < depth:
-        box_hidden = box_hidden.tanh()
-torch.testing.assert_close(box_hidden, critic_network(box_observation).detach())
+def critic_by_hand(observation):
+    """Apply the critic to observations, (environments, n_agents, n_obs), one layer at a time."""
+    hidden = observation
+    if mappo:  # join the observations of all agents, and give the result to each of them
+        hidden = observation.flatten(-2).unsqueeze(-2).expand(-1, env.n_agents, -1)
+    parameters = [parameter.detach() for parameter in critic_network.parameters()]
+    for layer in range(depth + 1):
+        weight, bias = parameters[2 * layer : 2 * layer + 2]
+        weight = weight.expand(env.n_agents, *weight.shape[-2:])  # (n_agents, outputs, inputs)
+        hidden = torch.einsum("eai,aoi->eao", hidden, weight) + bias
+        if layer < depth:  # no tanh after the last layer
+            hidden = hidden.tanh()
+    return hidden  # (environments, n_agents, 1)
+
+
+with torch.no_grad():
+    observation = env.reset()["agents", "observation"]
+    torch.testing.assert_close(critic_by_hand(observation), critic_network(observation))
 
 # %% [markdown]
 # ### What can each critic predict?
@@ -830,8 +841,8 @@ replay_buffer = ReplayBuffer(
 first_batch = collector.next()
 print("batch:", tuple(first_batch.shape))
 print("rewards of three steps, a column for each robot:")
-for step in range(3):
-    print(*(f"{x:9.4f}" for x in first_batch["next", "agents", "reward"][0, step, :, 0].tolist()))
+for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
+    print(*(f"{x:9.4f}" for x in rewards))
 
 # %% [markdown]
 # @@out:batch
@@ -881,28 +892,33 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # The same as a loop over time, from the last step back. An untrained policy hardly ever succeeds,
 # so we pretend that environment 0 did so halfway.
 
-# %%
-box_batch = first_batch.clone()
-for key in ("terminated", "done"):
-    box_batch["next", key][0, max_steps // 2] = True
-estimate_advantages(box_batch)  # adds "advantage" and "value_target"
 
-with torch.no_grad():
-    box_value = critic_network(box_batch["agents", "observation"])
-    box_next_value = critic_network(box_batch["next", "agents", "observation"])
-box_reward = box_batch["next", "agents", "reward"]  # (num_vmas_envs, max_steps, n_agents, 1)
-box_terminated = box_batch["next", "terminated"].float().unsqueeze(-2)  # (..., 1, 1)
-box_done = box_batch["next", "done"].float().unsqueeze(-2)
-box_delta = box_reward + gamma * (1 - box_terminated) * box_next_value - box_value
-box_advantage = torch.zeros_like(box_delta)
-following = torch.zeros_like(box_delta[:, 0])
-for t in reversed(range(max_steps)):
-    following = box_delta[:, t] + gamma * lmbda * (1 - box_done[:, t]) * following
-    box_advantage[:, t] = following
-box_close = {"rtol": 1e-4, "atol": 1e-5}
-torch.testing.assert_close(box_batch["advantage"], box_advantage, **box_close)
-torch.testing.assert_close(box_batch["value_target"], box_advantage + box_value, **box_close)
-print("advantages of the first frame:", box_advantage[0, 0].squeeze(-1).tolist())
+# %%
+def gae_by_hand(data):
+    """Return the advantages and value targets of a batch, (environments, steps, n_agents, 1)."""
+    with torch.no_grad():
+        value = critic_network(data["agents", "observation"])
+        next_value = critic_network(data["next", "agents", "observation"])
+    terminated = data["next", "terminated"].float().unsqueeze(-2)  # (environments, steps, 1, 1)
+    done = data["next", "done"].float().unsqueeze(-2)
+    reward = data["next", "agents", "reward"]
+    delta = reward + gamma * (1 - terminated) * next_value - value
+    advantage = torch.zeros_like(delta)
+    following = torch.zeros_like(delta[:, 0])
+    for step in reversed(range(max_steps)):
+        following = delta[:, step] + gamma * lmbda * (1 - done[:, step]) * following
+        advantage[:, step] = following
+    return advantage, advantage + value
+
+
+box_batch = first_batch.clone()
+for flag in ("terminated", "done"):
+    box_batch["next", flag][0, max_steps // 2] = True
+estimate_advantages(box_batch)  # adds "advantage" and "value_target"
+advantage, target = gae_by_hand(box_batch)
+torch.testing.assert_close(box_batch["advantage"], advantage, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(box_batch["value_target"], target, rtol=1e-4, atol=1e-5)
+print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :, 0].tolist()))
 
 # %% [markdown]
 # @@out:advantage
@@ -960,37 +976,41 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 # one agent's advantages by random numbers to bring it out. The entropy of a squashed normal
 # distribution has no formula, so both sides estimate it from one sample with the same seed.
 
-# %%
-torch.manual_seed(seed_for("box"))
-box_frames = box_batch.reshape(-1)[:minibatch_size].clone()
-box_frames["agents", "action_log_prob"] += 0.3 * torch.randn(
-    minibatch_size, env.n_agents, device=device
-)
-box_frames["advantage"][:, 0] += torch.randn(minibatch_size, 1, device=device)
-torch.manual_seed(seed_for("entropy"))
-box_losses = loss_module(box_frames.clone())
 
+# %%
+def loss_by_hand(data):
+    """Return the three weighted terms of the loss for a minibatch, (minibatch_size,)."""
+    pi = policy.get_dist(data)  # the current distribution of each agent's action
+    log_ratio = pi.log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
+    ratio = log_ratio.exp().unsqueeze(-1)  # (minibatch_size, n_agents, 1)
+    clipped_ratio = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
+    advantage = data["advantage"]
+    if normalize_advantage:
+        advantage = (advantage - advantage.mean(0)) / advantage.std(0)
+    objective = torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+    error = (critic_network(data["agents", "observation"]) - data["value_target"]).abs()
+    value_loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()  # smooth L1
+    entropy = -pi.log_prob(pi.rsample()).mean()
+    return {
+        "loss_objective": -objective,
+        "loss_critic": critic_coeff * value_loss,
+        "loss_entropy": -entropy_eps * entropy,
+    }
+
+
+torch.manual_seed(seed_for("box"))
+box_frames = first_batch.clone()
+estimate_advantages(box_frames)
+box_frames = box_frames.reshape(-1)[:minibatch_size]
+noise = torch.randn(minibatch_size, env.n_agents, device=device)
+box_frames["agents", "action_log_prob"] += 0.3 * noise
+box_frames["advantage"][:, 0] += noise[:, :1]
 torch.manual_seed(seed_for("entropy"))
-box_pi = policy.get_dist(box_frames)  # the current distribution of actions
-box_entropy = -box_pi.log_prob(box_pi.rsample()).mean()
-log_ratio = (
-    box_pi.log_prob(box_frames["agents", "action"]) - box_frames["agents", "action_log_prob"]
-)
-ratio = log_ratio.exp().unsqueeze(-1)  # (minibatch_size, n_agents, 1)
-box_advantage = box_frames["advantage"]
-if normalize_advantage:
-    box_advantage = (box_advantage - box_advantage.mean(0)) / box_advantage.std(0)
-clipped_ratio = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-box_objective = torch.minimum(ratio * box_advantage, clipped_ratio * box_advantage).mean()
-box_error = critic_network(box_frames["agents", "observation"]) - box_frames["value_target"]
-box_value_loss = torch.where(box_error.abs() < 1, box_error**2 / 2, box_error.abs() - 0.5).mean()
-for name, by_hand in {
-    "loss_objective": -box_objective,
-    "loss_critic": critic_coeff * box_value_loss,
-    "loss_entropy": -entropy_eps * box_entropy,
-}.items():
-    torch.testing.assert_close(box_losses[name], by_hand, **box_close)
-    print(f"{name:<15}{by_hand.item():>10.5f}")
+by_library = loss_module(box_frames.clone())
+torch.manual_seed(seed_for("entropy"))
+for term, by_hand in loss_by_hand(box_frames).items():
+    torch.testing.assert_close(by_library[term], by_hand, rtol=1e-4, atol=1e-5)
+    print(f"{term:<15}{by_hand.item():>9.5f}")
 
 # %% [markdown]
 # @@out:loss
@@ -1058,6 +1078,8 @@ def measure(data):
 for function in before_training:
     function()
 inputs = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
+update_metrics = ["loss_objective", "loss_critic", "loss_entropy"]
+update_metrics += ["entropy", "kl_approx", "clip_fraction"]
 progress = tqdm(range(len(history), n_iters), desc=algorithm, total=n_iters, initial=len(history))
 for iteration in progress:
     start = time.perf_counter()
@@ -1085,14 +1107,13 @@ for iteration in progress:
             optimizer.step()
             minibatch_losses.append(losses.detach())
 
-    unexplained = frames["advantage"].var() / frames["value_target"].var()
-    means = torch.stack(minibatch_losses).mean(dim=0)
+    losses = torch.stack(minibatch_losses).mean(dim=0)
     row = {"iteration": iteration, "frames": (iteration + 1) * frames_per_batch, **measure(batch)}
-    row |= {name: means[name].item() for name in ("loss_objective", "loss_critic", "loss_entropy")}
-    row |= {name: means[name].item() for name in ("entropy", "kl_approx", "clip_fraction")}
-    row |= {"explained_variance": 1 - unexplained.item()}
-    row |= {"advantage_std": frames["advantage"].std().item()}
-    row |= {"seconds": time.perf_counter() - start}
+    row |= {name: losses[name].item() for name in update_metrics}
+    unexplained = frames["advantage"].var() / frames["value_target"].var()
+    row["explained_variance"] = 1 - unexplained.item()
+    row["advantage_std"] = frames["advantage"].std().item()
+    row["seconds"] = time.perf_counter() - start
     history.append(row)
     for function in after_iteration:
         function(row)
