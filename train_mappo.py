@@ -598,7 +598,14 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
     print(key, tuple(rollout[key].shape))
 
 # %% [markdown]
-# @@out:rollout
+# ```
+# ('agents', 'observation') (60, 100, 3, 18)
+# ('agents', 'action') (60, 100, 3, 2)
+# ('next', 'agents', 'reward') (60, 100, 3, 1)
+# ('next', 'terminated') (60, 100, 1)
+# ('next', 'truncated') (60, 100, 1)
+# ('next', 'done') (60, 100, 1)
+# ```
 #
 # Read the shapes as (environments, steps, agents, numbers). The three flags have no agent
 # dimension, because an episode begins and ends for the whole team.
@@ -683,7 +690,12 @@ for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
 
 # %% [markdown]
-# @@out:policy
+# ```
+# mean actions of one environment, a row for each robot:
+#   -0.0046    0.0022
+#    0.0005   -0.0009
+#   -0.0039    0.0013
+# ```
 #
 # All means are close to 0, whatever a robot observes. That is the small last layer.
 #
@@ -721,7 +733,17 @@ values = critic(env.reset())["agents", "state_value"]  # (num_vmas_envs, n_agent
 print("values of one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist()))
 
 # %% [markdown]
-# @@out:critic
+# With `mappo = True` (MAPPO):
+# ```
+# values of one environment: 0.1636 0.1636 0.1636
+# ```
+#
+# With `mappo = False` (IPPO):
+# ```
+# values of one environment: -0.0983 -0.0102 -0.0248
+# ```
+#
+# MAPPO gives the team one value. IPPO gives each robot its own.
 #
 # IPPO is called *independent* although its agents may share a network. The word refers to
 # information. No agent's value or action depends on what another agent observes.
@@ -795,7 +817,12 @@ for label, centralized, share_params in [
     print(f"{label:<32}{shared:>8.2f}{individual:>13.2f}")
 
 # %% [markdown]
-# @@out:probe
+# ```
+# explained variance of            the sum   own number
+# local critic (IPPO)                 0.33         1.00
+# centralized critic (MAPPO)          1.00         0.33
+# centralized, one for each agent     1.00         1.00
+# ```
 #
 # A local critic cannot know the others, so it explains a third of the sum. A single shared value
 # cannot tell the agents apart, so it explains a third of their own numbers. A centralized critic
@@ -845,7 +872,13 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
     print(*(f"{x:9.4f}" for x in rewards))
 
 # %% [markdown]
-# @@out:batch
+# ```
+# batch: (60, 100)
+# rewards of three steps, a column for each robot:
+#    0.0015    0.0015    0.0015
+#   -0.0018   -0.0018   -0.0018
+#   -0.0041   -0.0041   -0.0041
+# ```
 #
 # The three columns are equal, because progress is shared. They would differ in a step in which
 # robots touch.
@@ -921,7 +954,15 @@ torch.testing.assert_close(box_batch["value_target"], target, rtol=1e-4, atol=1e
 print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :, 0].tolist()))
 
 # %% [markdown]
-# @@out:advantage
+# MAPPO:
+# ```
+# advantages of the first frame: 0.0348 0.0348 0.0348
+# ```
+#
+# IPPO:
+# ```
+# advantages of the first frame: 0.0542 0.0521 0.0522
+# ```
 #
 # Under MAPPO all robots have one value and nearly one reward, hence nearly the same advantage. How
 # does a robot learn what *it* did right? Over many frames. Its own good actions raise that number,
@@ -1013,7 +1054,19 @@ for term, by_hand in loss_by_hand(box_frames).items():
     print(f"{term:<15}{by_hand.item():>9.5f}")
 
 # %% [markdown]
-# @@out:loss
+# MAPPO:
+# ```
+# loss_objective   0.12334
+# loss_critic      0.01003
+# loss_entropy    -0.00013
+# ```
+#
+# IPPO:
+# ```
+# loss_objective   0.12271
+# loss_critic      0.00997
+# loss_entropy    -0.00013
+# ```
 #
 # TorchRL also has classes named `MAPPOLoss` and `IPPOLoss`. They are this loss with other defaults.
 #
@@ -1074,6 +1127,13 @@ def measure(data):
     return means
 
 
+def evaluate(policy):
+    """Play `evaluation_episodes` episodes with the deterministic policy and `measure` them."""
+    test_env = make_env(evaluation_episodes, evaluation_seed)
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
+
+
 # %%
 for function in before_training:
     function()
@@ -1131,13 +1191,6 @@ for iteration in progress:
 
 
 # %%
-def evaluate(policy):
-    """Play `evaluation_episodes` episodes with the deterministic policy and `measure` them."""
-    test_env = make_env(evaluation_episodes, evaluation_seed)
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
-
-
 evaluation = {"iterations": len(history)}
 evaluation |= {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
 print(f"\n{evaluation_episodes} episodes, deterministic policy    untrained     trained")
@@ -1168,29 +1221,28 @@ import csv
 
 from PIL import Image
 
-curves = {folder.name: [(row["frames"], row[success_key]) for row in history]}
-algorithms = {folder.name: algorithm}
+runs = {folder.name: (algorithm, history)}
 for path in sorted(folder.resolve().parent.glob("*/metrics.csv")):
     try:
         settings = json.loads((path.parent / "hyperparameters.json").read_text("utf-8"))
-        with open(path, newline="", encoding="utf-8") as table:
-            points = [
-                (int(row["frames"]), float(row[success_key])) for row in csv.DictReader(table)
-            ]
         if settings["scenario_name"] == scenario and path.parent.name != folder.name:
-            curves[path.parent.name] = points
-            algorithms[path.parent.name] = "MAPPO" if settings["mappo"] else "IPPO"
+            with open(path, newline="", encoding="utf-8") as table:
+                rows = [{key: float(row[key]) for key in row} for row in csv.DictReader(table)]
+            runs[path.parent.name] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{path.parent} is left out of the learning curves ({type(error).__name__})")
 
-for name, shown in {"learning_curve.png": [folder.name], "learning_curves.png": curves}.items():
+for name, shown in {"learning_curve.png": [folder.name], "learning_curves.png": runs}.items():
     figure, axes = plt.subplots(layout="constrained")
     for run in shown:
-        color = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}[algorithms[run]]
-        style = {"linewidth": 3 if run == folder.name else 1, "marker": "."}
-        axes.plot(*zip(*curves[run], strict=True), color=color, **style)
-    title = f"{scenario}, MAPPO blue, IPPO orange, this run ({algorithm}) thick"
-    axes.set(title=title, xlabel="frames", ylabel=f"{success_key}, sampled actions")
+        label, rows = runs[run]
+        style = {"MAPPO": ("tab:blue", "-"), "IPPO": ("tab:orange", "--")}[label]
+        style = dict(zip(("color", "linestyle"), style, strict=True), marker=".", label=label)
+        points = [row["frames"] for row in rows], [row[success_key] for row in rows]
+        axes.plot(*points, **style, linewidth=3 if run == folder.name else 1)
+    labels = {line.get_label(): line for line in axes.get_lines()}
+    axes.legend(labels.values(), labels.keys(), title="this run is thick")
+    axes.set(title=scenario, xlabel="frames", ylabel=f"{success_key} in training")
     save_whole(name, lambda path, figure=figure: figure.savefig(path, format="png"))
 
 scene, images = make_env(1, evaluation_seed), []
