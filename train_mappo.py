@@ -413,7 +413,7 @@ def explain_the_end(kind, error, trace):
     sentence = None
     if kind is KeyboardInterrupt:
         kept = any(place.glob("checkpoint-*"))
-        how = f"resume with: python {sys.argv[0]} --run-folder {shlex.quote(str(place))}"
+        how = "resume with: " + shlex.join(["python", sys.argv[0], "--run-folder", str(place)])
         sentence = f"stopped; {how if kept else 'nothing was saved'}"
     elif "many iterations to spawn" in str(error):
         sentence = f"n_agents is {n_agents}, but must be fewer: VMAS found no room for all"
@@ -1236,20 +1236,21 @@ import csv
 
 from PIL import Image
 
+drawn = ("frames", "episode_reward", success_key)
 runs = {folder.name: (algorithm, history)}
 for path in sorted(folder.resolve().parent.glob("*/metrics.csv")):
     try:
         settings = json.loads((path.parent / "hyperparameters.json").read_text("utf-8"))
         if settings["scenario_name"] == scenario and path.parent.name != folder.name:
             with open(path, newline="", encoding="utf-8") as table:
-                rows = [{key: float(row[key]) for key in row} for row in csv.DictReader(table)]
+                rows = [{key: float(row[key]) for key in drawn} for row in csv.DictReader(table)]
             runs[path.parent.name] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"{path.parent} is left out of the learning curves ({type(error).__name__})")
 
 for name, shown in {"learning_curve.png": [folder.name], "learning_curves.png": runs}.items():
     figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, key in zip(panels, ("episode_reward", success_key), strict=True):
+    for axes, key in zip(panels, drawn[1:], strict=True):
         for run in shown:
             label, rows = runs[run]
             color, line = {"MAPPO": ("tab:blue", ".-"), "IPPO": ("tab:orange", ".--")}[label]
