@@ -1,44 +1,79 @@
-"""The cells of train_mappo.py, each with the letter or the number of the part it belongs to."""
+"""The cells of train_mappo.py, each with the part of the lesson that it belongs to."""
 
+import ast
 import re
 from typing import NamedTuple
 
+import jupytext
 from conftest import SCRIPT
 
 
 class Cell(NamedTuple):
-    """A cell of code: "A", "B" or "C" for the engineering, otherwise "" or the section's number."""
+    """A cell of code: its part ("engineering" or the section's number), its heading and its source."""
 
     part: str
+    heading: str
     source: str
 
 
-def read_cells():
-    """All cells of code from top to bottom; what stands before the first mark is one of them."""
-    text = SCRIPT.read_text(encoding="utf-8")
-    part, found = "", []
-    for block in re.split(r"^# %%", text, flags=re.MULTILINE):
-        mark, _, body = block.partition("\n")
-        if not found:
-            found.append(Cell("", block))
-        elif "[markdown]" in mark:
-            for heading in re.findall(r"^# ## (\w+)", body, re.MULTILINE):
-                part = heading
+def read_cells(path=SCRIPT):
+    """Return all cells of code from top to bottom; the imports on top are one of them."""
+    part, heading, found = "", "", []
+    for cell in jupytext.read(path).cells:
+        if cell.cell_type == "markdown":
+            for line in re.findall(r"^##+ .*", cell.source, re.MULTILINE):
+                heading = line.lstrip("# ")
+                if line.startswith("## "):
+                    part = "engineering" if "skip" in line else heading.partition(" ")[0]
         else:
-            found.append(Cell(part, body))
+            found.append(Cell(part, heading, cell.source))
     return found
 
 
-def without(*parts):
-    """The script's cells but for some parts, such as "A", as sources."""
-    return [cell.source for cell in read_cells() if cell.part not in parts]
+def without(*parts, defining=(), boxes=True):
+    """Return sources of cells, but for some parts, cells that define some names, and the boxes."""
+    return [
+        cell.source
+        for cell in read_cells()
+        if cell.part not in parts
+        and not (not boxes and "box" in cell.heading)
+        and not set(defining) & assigned_names(cell.source)
+    ]
+
+
+def assigned_names(source):
+    """Return the names that a cell defines at its top level."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            found = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
+            names |= {one.id for one in found if isinstance(one.ctx, ast.Store)}
+    return names
+
+
+def cell_that_defines(name):
+    """Return the source of the only cell that defines a name."""
+    [source] = [cell.source for cell in read_cells() if name in assigned_names(cell.source)]
+    return source
 
 
 def with_values(source, **values):
-    """The cell of Section 1 with other values in its assignments, as a reader would change them."""
+    """Return Section 1's cell with other values in its assignments, as a reader would change them."""
     for name, value in values.items():
         source, count = re.subn(
             rf"^{name} = .*?(?=  #)", f"{name} = {value!r}", source, flags=re.MULTILINE
         )
         assert count == 1, name
     return source
+
+
+def run_cells(sources, **values):
+    """Run cells as a notebook does, Section 1's with other values; return the names they define."""
+    space = {"__name__": "notebook"}
+    for source in sources:
+        if "mappo" in assigned_names(source):
+            source = with_values(source, **values)
+        exec(compile(source, "cell", "exec"), space)
+    return space

@@ -8,7 +8,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import csv
 import re
 import runpy
-import signal
 import subprocess
 import sys
 import warnings
@@ -16,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torchrl.checkpoint import Checkpoint, CheckpointRotation
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SCRIPT = REPOSITORY / "train_mappo.py"
+PROGRAMS = Path(__file__).resolve().parent / "programs"  # that tests start
 BAR = re.compile(r"(MAPPO|IPPO): +\d+%\|")  # a state of the progress bar
 CPU = ("--device", "cpu")  # on which runs can be repeated to the bit
 # No two sizes of these runs are equal, so that a wrong shape cannot pass for the right one.
@@ -36,7 +37,7 @@ LONGEST = 300  # seconds; only a process that hangs needs as much
 
 
 def options(**values):
-    """TINY, changed by `values`, as words of a command line."""
+    """Return TINY, changed by `values`, as words of a command line."""
     return [f"--{name.replace('_', '-')}={value}" for name, value in {**TINY, **values}.items()]
 
 
@@ -62,32 +63,41 @@ def finish(process, status=0):
     return out, err
 
 
-def run_inside(*words):
+def run_inside(*words, path=SCRIPT):
     """Run the script in this process, command line and all, and return its global names."""
-    arguments, handler = sys.argv, signal.getsignal(signal.SIGINT)
-    sys.argv = [str(SCRIPT), *map(str, words)]
-    try:
-        with warnings.catch_warnings():
-            return runpy.run_path(str(SCRIPT), run_name="__main__")
-    finally:
-        sys.argv = arguments
-        signal.signal(signal.SIGINT, handler)
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        patch.setattr(sys, "argv", [str(path), *map(str, words)])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        return runpy.run_path(str(path), run_name="__main__")
+
+
+class State(dict):
+    """A state that a checkpoint can be loaded into, whatever it holds."""
+
+    load_state_dict = dict.update
+
+    def state_dict(self):
+        """Return itself."""
+        return self
 
 
 def load(folder):
-    """The checkpoint of a run."""
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
+    """Return what the newest checkpoint of a run holds, by component, and its history."""
+    parts = {name: State() for name in ("untrained_policy", "policy", "critic", "optimizer")}
+    history = []
+    CheckpointRotation(folder, keep_last=2).load_latest(Checkpoint(history=history, **parts))
+    return {name: dict(state) for name, state in parts.items()} | {"history": history}
 
 
 def rows(folder):
-    """The rows of metrics.csv without the column that no two runs share."""
+    """Return the rows of metrics.csv without the column that no two runs share."""
     with open(folder / "metrics.csv", newline="") as file:
         table = list(csv.DictReader(file))
     return [{name: value for name, value in row.items() if name != "seconds"} for row in table]
 
 
 def assert_same(folder, other):
-    """Two runs have the same parameters, state of the optimizer and measurements, bit for bit."""
+    """Compare the parameters, optimizer states and measurements of two runs, bit for bit."""
     parts = ("untrained_policy", "policy", "critic", "optimizer")
     one, two = ({name: load(run)[name] for name in parts} for run in (folder, other))
     torch.testing.assert_close(one, two, rtol=0, atol=0)
@@ -96,17 +106,17 @@ def assert_same(folder, other):
 
 
 def contents(folder):
-    """Each file below a folder and what is in it."""
+    """Return each file below a folder and what is in it."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="session")
 def mappo(tmp_path_factory):
-    """The global names of the script after a short MAPPO run."""
+    """Return the global names of the script after a short MAPPO run."""
     return run_inside(*options(run_folder=tmp_path_factory.mktemp("mappo") / "run"))
 
 
 @pytest.fixture(scope="session")
 def ippo(tmp_path_factory):
-    """The global names of the script after a short IPPO run."""
+    """Return the global names of the script after a short IPPO run."""
     return run_inside(*options(run_folder=tmp_path_factory.mktemp("ippo") / "run"), "--no-mappo")
