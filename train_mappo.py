@@ -219,6 +219,7 @@ command_line, given = None, {}  # argparse's parser and the options given, if th
 
 def refuse(sentence):
     """End a program with exit status 2 and this sentence; in a notebook, raise a ValueError."""
+    sentence = " ".join(sentence.splitlines())
     if command_line is not None:
         command_line.error(sentence)
     raise ValueError(sentence)
@@ -333,9 +334,11 @@ def read_run(place):
             if kinds - {".json", ".memmap"}:  # numbers and text; anything else could run code
                 raise ValueError(f"it holds files of other kinds, {kinds}")
             Checkpoint(history=past).load(newest)
-        rows = [row["iteration"] for row in past]
-        if rows != [*range(len(rows))] or type(recorded["world_size"]) is not int:
-            raise ValueError("its records are incomplete")
+            steps = range(int(newest.stem.removeprefix("checkpoint-")))
+            if [row["iteration"] for row in past] != [*steps]:
+                raise ValueError("its history is incomplete")
+        if type(recorded["world_size"]) is not int:
+            raise ValueError("its world_size is missing")
     except Exception as error:
         refuse(f"{here} a run; its files are damaged or foreign ({type(error).__name__}: {error})")
     return recorded, past

@@ -5,11 +5,12 @@ import re
 from typing import NamedTuple
 
 import jupytext
+
 from conftest import SCRIPT
 
 
 class Cell(NamedTuple):
-    """A cell of code: its part ("engineering" or the section's number), its heading and its source."""
+    """A cell of code; its part is "engineering" or the number of its section."""
 
     part: str
     heading: str
@@ -60,7 +61,7 @@ def cell_that_defines(name):
 
 
 def with_values(source, **values):
-    """Return Section 1's cell with other values in its assignments, as a reader would change them."""
+    """Return Section 1's cell with other values in its assignments, as a reader changes them."""
     for name, value in values.items():
         source, count = re.subn(
             rf"^{name} = .*?(?=  #)", f"{name} = {value!r}", source, flags=re.MULTILINE
