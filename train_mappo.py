@@ -256,7 +256,7 @@ def as_json(name):
     if isinstance(value, type):
         return value.__name__  # of the reader's own scenario
     try:
-        return json.loads(json.dumps(value))
+        return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
         refuse(f"{name} is {value!r}, but must be JSON-serializable")
 
@@ -428,7 +428,7 @@ def explain_the_end(kind, error, trace):
 
 
 def write_tables():
-    """Write hyperparameters.json and metrics.csv."""
+    """Write hyperparameters.json and, once there are measurements, metrics.csv."""
     record = {name: as_json(name) for name in hyperparameters}
     record = json.dumps({**record, **the_job, "world_size": world_size}, indent=2)
     save_whole("hyperparameters.json", lambda path: path.write_text(record, "utf-8"))
@@ -437,7 +437,8 @@ def write_tables():
     writer = csv.DictWriter(table, ["iteration", "frames", *columns], lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    save_whole("metrics.csv", lambda path: path.write_text(table.getvalue(), "utf-8"))
+    if history:
+        save_whole("metrics.csv", lambda path: path.write_text(table.getvalue(), "utf-8"))
 
 
 def start_or_resume():
@@ -1196,15 +1197,15 @@ for iteration in progress:
 #
 # | measurement | meaning | first | last |
 # |---|---|---|---|
-# | `episode_reward` | reward per robot and episode | -0.51 | 3.10 |
-# | `success_rate` | share of successful episodes | 0.00 | 0.73 |
-# | `collisions` | steps in contact, per robot and episode | 0.42 | 0.02 |
-# | `loss_critic` | weighted value loss | 0.0089 | 0.0013 |
-# | `entropy` | randomness of the actions | 1.33 | 0.93 |
-# | `kl_approx` | how far an update moves the policy | 0.012 | 0.007 |
-# | `clip_fraction` | share of clipped ratios | 0.15 | 0.07 |
-# | `explained_variance` | of the targets, before the update | 0.30 | 0.93 |
-# | `advantage_std` | standard deviation of the advantages | 0.24 | 0.14 |
+# | `episode_reward` | reward per robot and episode | -0.87 to -0.25 | 2.79 to 3.10 |
+# | `success_rate` | share of successful episodes | 0.00 | 0.58 to 0.80 |
+# | `collisions` | steps in contact, per robot and episode | 0.17 to 0.81 | 0.00 to 0.10 |
+# | `loss_critic` | weighted value loss | 0.0043 to 0.0174 | 0.0011 to 0.0026 |
+# | `entropy` | randomness of the actions | 1.33 | 0.90 to 0.97 |
+# | `kl_approx` | how far an update moves the policy | 0.008 to 0.014 | 0.006 to 0.009 |
+# | `clip_fraction` | share of clipped ratios | 0.11 to 0.16 | 0.07 to 0.08 |
+# | `explained_variance` | of the targets, before the update | 0.17 to 0.66 | 0.89 to 0.93 |
+# | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
 # What to check if yours look different:
 #
@@ -1417,10 +1418,10 @@ if navigation:
 #
 # | after | 10 iterations | 15 |
 # |---|---|---|
-# | slope, MAPPO | 0.37 | 0.60 |
-# | slope, IPPO | 1.04 | 1.62 |
-# | advantage of a unit of progress, MAPPO | 0.67 | 0.45 |
-# | advantage of a unit of progress, IPPO | 0.06 | -0.47 |
+# | slope, MAPPO | 0.35 | 0.60 |
+# | slope, IPPO | 0.88 | 1.54 |
+# | advantage of a unit of progress, MAPPO | 0.68 | 0.45 |
+# | advantage of a unit of progress, IPPO | 0.20 | -0.40 |
 # | explained variance, IPPO | 0.83 | 0.95 |
 #
 # What would a *correct* critic say? In a toy model, with independent robots and a shared return,

@@ -1,18 +1,16 @@
-"""The runs behind study/README.md: many trainings by train_mappo.py, one row of results for each.
+"""The runs behind study/README.md: many trainings by train_mappo.py, a row of results.csv for each.
 
-    python study/study.py run                 do every run that results.csv lacks, two at a time
-    python study/study.py run flag payment    only the runs of these experiments
-    python study/study.py report              write the tables of README.md anew, draw its figures
-    python study/study.py coverage            how often the intervals hold what they should
+    python study/study.py run                do every run that results.csv lacks, two at a time
+    python study/study.py run flag rewards   only the runs of these experiments
+    python study/study.py report             update the tables and the figures of README.md
 
-Each run is `python train_mappo.py` with the options in its row, in a process and a folder of its
-own, on the CPU with one thread. What is known of it comes from files it leaves: evaluation.json,
-and metrics.csv for the curves. A stopped study goes on where it was.
+A run is a process of its own, in a temporary folder, on the CPU with one thread. Its row comes from
+the files that it leaves. A study that was stopped or killed goes on with the runs it lacks.
 """
 
 import argparse
-import csv
-import functools
+import ast
+import hashlib
 import json
 import os
 import re
@@ -20,1006 +18,823 @@ import shlex
 import subprocess
 import sys
 import tempfile
-import textwrap
+import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
+import jupytext
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 from scipy import stats
-from torchrl.envs import VmasEnv
+from tqdm import tqdm
+
+import tutorial
 
 STUDY = Path(__file__).resolve().parent
 SCRIPT = STUDY.parent / "train_mappo.py"
-RESULTS = STUDY / "results.csv"
+VARIANTS = STUDY / "variants.py"
 README = STUDY / "README.md"
-SPEED = STUDY / "speed.csv"  # written by benchmark.py, a row for each turn of what is timed
-SPEED_COLUMNS = ["table", "name", "algorithm", "turn", "amount", "seconds"]
+RESULTS = STUDY / "results.csv"
+SPEED = STUDY / "speed.csv"  # by benchmark.py
+TRANSFER = STUDY / "transfer.csv"  # by transfer.py
 
-# What a row of results.csv says: which run it is, its evaluation, and its curves, a value for each
-# iteration, separated by spaces.
-RUN = ["experiment", "options", "algorithm", "seed"]
+# A row of results.csv. Evaluations are one number for each entry of evaluated_after, curves one for
+# each iteration, separated by spaces. `script` is the Git blob of train_mappo.py: `git show ID`.
+KEY = ["experiment", "options", "variant", "algorithm", "seed"]
 EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
-CURVES = ["success_rate", "episode_reward", "explained_variance", "advantage_std", "kl_approx"]
-ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]  # see CHANGES
-SLOPE = "value_slope"
-STOPS = [f"stops_{name}" for name in EVALUATION]  # the evaluation at each stop, where there are any
-UNTRAINED = [f"untrained_{name}" for name in EVALUATION]  # not in the first rows
-COLUMNS = [*RUN, *EVALUATION, "training_seconds", *(f"curve_{name}" for name in CURVES), *STOPS]
-COLUMNS += [*(f"curve_{name}" for name in ARRIVALS), *UNTRAINED, f"curve_{SLOPE}"]
-DIGITS = {"success_rate": 3, "episode_reward": 2, "episode_length": 1, "collisions": 3}
-BETTER = {"success_rate": 1, "episode_reward": 1, "episode_length": -1, "collisions": -1}
-DIGITS |= dict.fromkeys(ARRIVALS, 2)
-BETTER |= dict.fromkeys(ARRIVALS, 1)  # higher
-STEPS = "steps (a failed episode counts as 100)"
-TRUSTED = 0.85  # an interval is shown if at least so many of its kind hold what they should
-ATTAINABLE = "attainable"
-COLOR = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}
-MARKER = {"MAPPO": "o", "IPPO": "s"}
+ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]
+METRICS = ["episode_reward", "success_rate", "collisions", "loss_critic", "entropy", "kl_approx"]
+METRICS += ["clip_fraction", "explained_variance", "advantage_std"]  # of metrics.csv
+CURVES = [f"curve_{name}" for name in [*METRICS, *ARRIVALS, "value_slope"]]
+COLUMNS = [*KEY, "script", "evaluated_after", *EVALUATION, "value_slope"]
+COLUMNS += [*(f"untrained_{name}" for name in EVALUATION), "training_seconds", *CURVES]
 
+TITLES = {"success_rate": "success rate", "episode_reward": "reward per agent"}
+TITLES |= {"episode_length": "steps", "successful_length": "steps of successful episodes"}
+TITLES |= {"value_slope": "slope of the value", "value_at_arrival": "value before it"}
+TITLES |= {"reward_at_arrival": "reward of it", "advantage_at_arrival": "advantage, in std"}
+DIGITS = {"success_rate": 3, "episode_length": 1, "successful_length": 1, "collisions": 3}  # or 2
+FEWER_IS_BETTER = ["episode_length", "successful_length", "collisions", "value_slope"]
+TRUSTED = 0.85  # the least coverage with which an interval is shown
+
+
+# ---------------------------------------------------------------------------------- what is run
+
+
+class Runs(NamedTuple):
+    """Runs of an experiment: the options, a variant of the method ("a + b"), and the seeds.
+
+    Runs with `stops` are stopped after these iterations, evaluated, and resumed.
+    """
+
+    experiment: str
+    options: str = ""
+    variant: str = ""
+    algorithms: tuple[str, ...] = ("MAPPO", "IPPO")
+    seeds: Sequence[int] = range(10)
+    stops: tuple[int, ...] = ()
+
+    def of(self, algorithm, *stops):
+        """Return those of one algorithm, as they are after `stops` iterations or in the end."""
+        return self._replace(algorithms=(algorithm,), stops=stops)
+
+
+PLAN = []
+
+
+def plan(*what, **how):
+    """Add runs to the study and return them; see `Runs`."""
+    PLAN.append(Runs(*what, **how))
+    return PLAN[-1]
+
+
+MAPPO, IPPO = ("MAPPO",), ("IPPO",)
 EIGHT = "--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10 --num-cells 128"
-SHARED = """--scenario-options '{"collisions": false, "shared_rew": true}'"""
-OWN = """--scenario-options '{"collisions": false, "shared_rew": false}'"""
-TEAM_PAID, EACH_PAID = f"{EIGHT} {SHARED}", f"{EIGHT} {OWN}"
-
+SHARED_REWARD = f"""{EIGHT} --scenario-options '{{"collisions": false, "shared_rew": true}}'"""
+OWN_REWARD = f"""{EIGHT} --scenario-options '{{"collisions": false, "shared_rew": false}}'"""
 SMALL = "--anneal-lr --lmbda 0.8 --num-cells 64 --gamma 0.95"
-RECIPES = {
-    "quick": f"{SMALL} --num-epochs 5 --lr 5e-3 --minibatch-size 600 --n-iters 11",
-    "thorough": f"{SMALL} --num-epochs 8 --lr 2e-3 --frames-per-batch 12000 "
-    "--minibatch-size 1200 --n-iters 12",
-}
-TEAMS = {f"{RECIPES['thorough']} --n-agents {number}": f"{number} robots" for number in (2, 4, 8)}
+LARGE_BATCHES = "--lr 2e-3 --frames-per-batch 12000 --minibatch-size 1200 --n-iters 12"
+QUICK = f"{SMALL} --num-epochs 5 --lr 5e-3 --minibatch-size 600 --n-iters 11"
+THOROUGH = f"{SMALL} --num-epochs 8 {LARGE_BATCHES}"
+RECIPES = {"quick": QUICK, "thorough": THOROUGH}
+PUSH = """--scenario-name reverse_transport --scenario-options '{"package_mass": 1}' --n-agents 4"""
+PUSH += " --max-steps 200 --frames-per-batch 12000 --minibatch-size 600"
+PUSH += " --lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 40"
+GIVE_WAY = "--scenario-name multi_give_way --max-steps 200 --frames-per-batch 12000"
+GIVE_WAY += " --lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 15"
+SEPARATE = "--no-share-parameters-policy"
+ONE_REWARD_EACH = """--n-iters 15 --scenario-options '{"shared_rew": false}'"""
 
-# With --no-share-parameters-policy alone, MAPPO's ten runs are those of "policies".
+TWO_THREADS, SLOPES, BOOTSTRAP = "two threads", "slopes measured", "arrivals bootstrapped"
+OTHERS, OWN = "others' distance", "own distance"  # what the critic gets as an additional input
+
+FLAG = plan("flag")
+FRESH = plan("fresh", seeds=range(10, 20))
+plan("newcomer", "", TWO_THREADS, MAPPO, [0])  # what the first command of ../README.md prints
+SHARED, INDIVIDUAL = plan("rewards", SHARED_REWARD), plan("rewards", OWN_REWARD)
+SHARED_FRESH = plan("rewards-fresh", SHARED_REWARD, seeds=range(10, 20))
+INDIVIDUAL_FRESH = plan("rewards-fresh", OWN_REWARD, seeds=range(10, 20))
+CRITICS = plan("critics", f"{OWN_REWARD} --no-share-parameters-critic", "", MAPPO)
+LONG = plan("long", "--n-iters 50", stops=tuple(range(5, 51, 5)))
+MEASURED = plan("arrivals", "--n-iters 10", "arrivals measured")
+ENDLESS = plan("remedies", "--n-iters 15", BOOTSTRAP, IPPO)
+EACH_ITS_OWN = plan("remedies", ONE_REWARD_EACH, "", IPPO)
+SHORT_SIGHTED = plan("remedies", "--gamma 0.9 --n-iters 15", "", IPPO)
+BOOTSTRAPPED = plan("bootstrapped", "", BOOTSTRAP)
+BOOTSTRAPPED_EIGHT = plan("bootstrapped", SHARED_REWARD, BOOTSTRAP)
+TOLD_OTHERS = plan("distance", SHARED_REWARD, OTHERS, IPPO)
+TOLD_OWN = plan("distance", SHARED_REWARD, OWN, IPPO)
+TOLD_LONG = plan("distance", "--n-iters 20", OTHERS, IPPO, stops=(10, 15, 20))
+SLOPES_TEN = plan("slopes", "--n-iters 10", SLOPES)
+SLOPES_SHARED = plan("slopes", SHARED_REWARD, SLOPES)
+SLOPES_INDIVIDUAL = plan("slopes", OWN_REWARD, SLOPES)
+SLOPES_OTHERS = plan("slopes", SHARED_REWARD, f"{OTHERS} + {SLOPES}", IPPO)
+SLOPES_OWN = plan("slopes", SHARED_REWARD, f"{OWN} + {SLOPES}", IPPO)
+SLOPES_LONG = plan("slopes", "--n-iters 15", SLOPES, IPPO)
+SLOPES_ENDLESS = plan("slopes", "--n-iters 15", f"{BOOTSTRAP} + {SLOPES}", IPPO)
+LAMBDA_ONE = plan("lambda", f"{SHARED_REWARD} --lmbda 1")
+FIVE, TEN = plan("epochs", "--num-epochs 5"), plan("epochs", "--num-epochs 10")
+FIVE_LONG = plan("fewer-epochs", "--num-epochs 5 --n-iters 70", SLOPES)
+TEN_LONG = plan("fewer-epochs", "--num-epochs 10 --n-iters 50", SLOPES)
+HORIZON = plan("horizon", "--gamma 0.9")
+POLICIES = plan("policies", SEPARATE)
 SHARING = {
-    "--no-share-parameters-critic": "separate critics",
-    "--no-share-parameters-policy --no-share-parameters-critic": "separate policies and critics",
-    "--no-share-parameters-policy --n-iters 30": "separate policies, 30 iterations",
-    "--no-share-parameters-policy --frames-per-batch 18000 --minibatch-size 1200": (
-        "separate policies, three times the frames in as many gradient steps"
+    "separate critics": "--no-share-parameters-critic",
+    "separate policies and critics": f"{SEPARATE} --no-share-parameters-critic",
+    "separate policies, 30 iterations": f"{SEPARATE} --n-iters 30",
+    "separate policies, three times the frames in as many gradient steps": (
+        f"{SEPARATE} --frames-per-batch 18000 --minibatch-size 1200"
     ),
 }
-
-CRITIC = """
-critic_network = MultiAgentMLP("""
-TOLD_CRITIC = """
-
-class ToldNetwork(MultiAgentMLP):
-    def __init__(self, n_agent_inputs, **others):
-        super().__init__(n_agent_inputs=n_agent_inputs + 1, **others)
-
-    def forward(self, observations):
-        ways = observations[..., 4:6].norm(dim=-1, keepdim=True)
-        told = {told}
-        return super().forward(torch.cat([observations, told], dim=-1))
-
-
-critic_network = ToldNetwork("""
-
-# A few runs are of the script with a piece of its text replaced, or are started in another way. The
-# comment at the end of their options says so: a shell does not read it, and results.csv shows it.
-MEASURED = "arrivals measured"
-SLOPES = "slopes measured"
-NO_ENDS = "arrivals do not end an episode"
-TWO_THREADS = "two threads"
-TOLD = "the critic is told how far the others have to go"
-TOLD_ITS_OWN = "the critic is told how far its own robot has to go"
-CHANGES = {
-    # What happens in the step in which the last robot arrives: the critic's value before it, the
-    # reward of it, and its advantage in standard deviations, means over robots and arrivals.
-    MEASURED: (
-        """
-    row["seconds"] = """,
-        """
-    ended = batch["next", "terminated"].squeeze(-1)
-    row["value_at_arrival"] = batch["agents", "state_value"][ended].mean().item()
-    row["reward_at_arrival"] = batch["next", "agents", "reward"][ended].mean().item()
-    row["advantage_at_arrival"] = batch["advantage"][ended].mean().item() / row["advantage_std"]
-    row["seconds"] = """,
-    ),
-    # By how much the critic's value of a robot falls if that robot alone were nearer to its goal,
-    # for each unit of the way; a mean over all frames in which it is farther than 0.1.
-    SLOPES: (
-        """
-    row["seconds"] = """,
-        """
-    seen = batch["agents", "observation"]
-    slopes = []
-    for robot in range(env.n_agents):
-        way = seen[..., robot, 4:6]
-        step = 0.05 * way / way.norm(dim=-1, keepdim=True)
-        nearer = seen.clone()
-        nearer[..., robot, 0:2] -= step
-        nearer[..., robot, 4:6] -= step
-        with torch.no_grad():
-            fall = (critic_network(seen) - critic_network(nearer))[..., robot, 0]
-        slopes.append(fall[way.norm(dim=-1) > 0.1] / 0.05)
-    row["value_slope"] = torch.cat(slopes).mean().item()
-    row["seconds"] = """,
-    ),
-    # One number more for the critic: of the way to the goal (the numbers 4 and 5 of an observation)
-    # the length, summed over the other robots, or, to compare, only its own robot's.
-    TOLD: (CRITIC, TOLD_CRITIC.format(told="ways.sum(dim=-2, keepdim=True) - ways")),
-    TOLD_ITS_OWN: (CRITIC, TOLD_CRITIC.format(told="ways")),
-    # The advantage of an arrival is estimated as if more could be earned after it: the critic's
-    # value of the state in which all robots are at their goals stands where a 0 did.
-    NO_ENDS: (
-        """
-    estimate_advantages(batch) """,
-        """
-    terminated = batch["next", "terminated"].clone()
-    batch["next", "terminated"].zero_()
-    estimate_advantages(batch)
-    batch["next", "terminated"].copy_(terminated) """,
-    ),
+SHARING = {label: plan("sharing", options, "", MAPPO) for label, options in SHARING.items()}
+BY_RECIPE = {name: plan("recipes", options) for name, options in RECIPES.items()}
+QUICK_FRESH = plan("recipes-fresh", QUICK, seeds=range(30, 50))
+plan("rejected", f"{SMALL} --num-epochs 10 {LARGE_BATCHES}")
+REPAIRED = {
+    (name, variant): plan("recipes-remedies", options, variant, IPPO)
+    for name, options in RECIPES.items()
+    for variant in (BOOTSTRAP, OTHERS)
 }
-
-# Why IPPO falls apart after ten iterations: each of these takes one cause away.
-ENDS = {
-    f"--n-iters 15 # {NO_ENDS}": "arrivals do not end an episode",
-    """--n-iters 15 --scenario-options '{"shared_rew": false}'""": "each robot paid for itself",
-    "--gamma 0.9 --n-iters 15": "gamma 0.9",
-}
-OWN_CRITICS = f"{EACH_PAID} --no-share-parameters-critic"
-
-# IPPO's critic with one number more, over twenty iterations and with eight robots paid as a team.
-ONE_NUMBER = {TOLD: "the others' ways", TOLD_ITS_OWN: "its own robot's way"}
-TOLD_LONG = f"--n-iters 20 # {TOLD}"
-TOLD_EIGHT = {f"{TEAM_PAID} # {change}": label for change, label in ONE_NUMBER.items()}
-# Without bootstrapping (but where an episode is cut off), a critic is a baseline and no more.
-UNBOOTSTRAPPED_EIGHT = f"{TEAM_PAID} --lmbda 1"
-# Do the runs of IPPO that fell behind with a recipe do so for the same reason?
-HURRIED = [f"{options} # {change}" for options in RECIPES.values() for change in (NO_ENDS, TOLD)]
-
-# Another scenario: robots inside a hollow package push it to a goal that each of them sees.
-TRANSPORT = (
-    """--scenario-name reverse_transport --scenario-options '{"package_mass": 1}' --n-agents 4 """
-    "--max-steps 200 --frames-per-batch 12000 --minibatch-size 600 "
-    "--lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 40"
-)
-# And one that neither algorithm solved in these many frames.
-GIVE_WAY = (
-    "--scenario-name multi_give_way --max-steps 200 --frames-per-batch 12000 "
-    "--lr 1e-3 --num-epochs 10 --num-cells 128 --n-iters 15"
-)
+TEAMS = {f"{n} robots": plan("teams", f"{THOROUGH} --n-agents {n}") for n in (2, 4, 8)}
+TRANSPORT = plan("transport", PUSH, stops=(5, 10, 20, 40))
+plan("give-way", GIVE_WAY, seeds=[0])
+# The defaults and the recipes once more, by train_mappo.py as it is since it was rewritten.
+REBUILT = plan("rebuilt", "--n-iters 15", SLOPES, stops=(10, 15))
+REBUILT_RECIPES = {name: plan("rebuilt", options, SLOPES) for name, options in RECIPES.items()}
 
 
-def pairs(options, seeds=range(10)):
-    """Runs with the same options, both algorithms of a seed in turn: (options, algorithm, seed)."""
-    return [(options, algorithm, seed) for seed in seeds for algorithm in ("MAPPO", "IPPO")]
+# -------------------------------------------------------------------------------------- running
 
 
-EXPERIMENTS = {
-    "flag": pairs(""),
-    "fresh": pairs("", seeds=range(10, 20)),
-    "both": pairs("", seeds=range(20)),
-    "newcomer": [(f"# {TWO_THREADS}", "MAPPO", 0)],
-    "payment": [*pairs(TEAM_PAID), *pairs(EACH_PAID)],
-    "payment-fresh": [*pairs(TEAM_PAID, range(10, 20)), *pairs(EACH_PAID, range(10, 20))],
-    "epochs": [*pairs("--num-epochs 5"), *pairs("--num-epochs 10"), *pairs("")],
-    "horizon": [*pairs("--gamma 0.9"), *pairs("")],
-    "policies": [*pairs("--no-share-parameters-policy"), *pairs("")],
-    "recipes": [*pairs(RECIPES["quick"]), *pairs(RECIPES["thorough"])],
-    "recipes-fresh": pairs(RECIPES["quick"], seeds=range(30, 50)),
-    "rejected": pairs(RECIPES["thorough"].replace("epochs 8", "epochs 10")),
-    "teams": [run for options in TEAMS for run in pairs(options)],
-    "lasting": pairs("--n-iters 50"),
-    "arrivals": pairs(f"--n-iters 10 # {MEASURED}"),
-    "ends": [(options, "IPPO", seed) for options in ENDS for seed in range(10)],
-    "unended": [*pairs(f"# {NO_ENDS}"), *pairs(f"{TEAM_PAID} # {NO_ENDS}")],
-    "critics": [(OWN_CRITICS, "MAPPO", seed) for seed in range(10)],
-    "sharing": [(options, "MAPPO", seed) for options in SHARING for seed in range(10)],
-    "told": [(run, "IPPO", seed) for run in (*TOLD_EIGHT, TOLD_LONG) for seed in range(10)],
-    "slopes": [
-        *pairs(f"--n-iters 10 # {SLOPES}"),
-        *pairs(f"{TEAM_PAID} # {SLOPES}"),
-        *pairs(f"{EACH_PAID} # {SLOPES}"),
-        *((f"{options} + {SLOPES}", "IPPO", seed) for options in TOLD_EIGHT for seed in range(10)),
-        *((f"--n-iters 15 # {SLOPES}", "IPPO", seed) for seed in range(10)),
-        *((f"--n-iters 15 # {NO_ENDS} + {SLOPES}", "IPPO", seed) for seed in range(10)),
-    ],
-    "unbootstrapped": [*pairs(UNBOOTSTRAPPED_EIGHT), *pairs(TEAM_PAID)],
-    "hurried": [(options, "IPPO", seed) for options in HURRIED for seed in range(10)],
-    "transport": pairs(TRANSPORT),
-    "unsolved": pairs(GIVE_WAY, seeds=[0]),
-    # No run, but how much all robots together could earn in the episodes of the evaluation.
-    "attainable": [(options, ATTAINABLE, 12345) for options in ("", *TEAMS, TEAM_PAID)],
-}
-# Runs that are evaluated on their way: stopped after these iterations, and gone on with.
-STOPPED_AFTER = {"--n-iters 50": range(5, 51, 5), TRANSPORT: (5, 10, 20, 40)}
-STOPPED_AFTER[TOLD_LONG] = (10, 15, 20)
-# Which options an experiment's table compares, and what it calls them.
-TABLES = {
-    "flag": {"": "seeds 0 to 9"},
-    "fresh": {"": "seeds 10 to 19"},
-    "both": {"": "all twenty"},
-    "payment": {TEAM_PAID: "the team's progress", EACH_PAID: "its own progress"},
-    "payment-fresh": {
-        TEAM_PAID: "the team's progress, seeds 10 to 19",
-        EACH_PAID: "its own progress, seeds 10 to 19",
-    },
-    "epochs": {"--num-epochs 5": "5 epochs", "--num-epochs 10": "10 epochs", "": "30 epochs"},
-    "horizon": {"--gamma 0.9": "gamma 0.9", "": "gamma 0.99"},
-    "policies": {"--no-share-parameters-policy": "separate policies", "": "a shared policy"},
-    "recipes": {options: name for name, options in RECIPES.items()},
-    "recipes-fresh": {RECIPES["quick"]: "quick, seeds 30 to 49"},
-    "teams": TEAMS,
-    "unbootstrapped": {UNBOOTSTRAPPED_EIGHT: "lambda 1", TEAM_PAID: "lambda 0.9"},
-    "unended": {
-        f"# {NO_ENDS}": "3 robots, defaults",
-        f"{TEAM_PAID} # {NO_ENDS}": "8 robots, the team's progress",
-    },
-}
+def find_cell(cells, what):
+    """Return the index of the one cell of train_mappo.py that assigns the name `what`.
 
-
-# ------------------------------------------------------------------------------------------- runs
-
-
-def script_for(options, folder):
-    """The script that `options` ask for: the project's, or a changed copy of it in `folder`."""
-    text = SCRIPT.read_text("utf-8")
-    changed = text
-    for change in options.partition("# ")[2].split(" + "):
-        if change in ("", TWO_THREADS):
-            continue
-        old, new = CHANGES[change]
-        if changed.count(old) != 1:
-            raise RuntimeError(f"{change}: {SCRIPT.name} must hold this once: {old}")
-        changed = changed.replace(old, new)
-    if changed == text:
-        return SCRIPT
-    script = Path(folder, SCRIPT.name)
-    script.write_text(changed, encoding="utf-8")
-    return script
-
-
-def with_success(measured):
-    """Measurements in which success is called so in every scenario, not "terminated_rate"."""
-    return {{"terminated_rate": "success_rate"}.get(key, key): measured[key] for key in measured}
-
-
-def attainable(options, seed):
-    """The mean reward per agent that could be earned in the episodes of the evaluation.
-
-    In navigation, the way that all robots have to go. An episode ends before its last bit is paid:
-    up to 0.10 of each robot's way are left.
+    "loop" is the training loop's cell, in which a `for` calls `estimate_advantages`. "the end" is
+    behind the last cell. Raises a ValueError unless there is exactly one.
     """
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--scenario-options", type=json.loads, default={})
-    parser.add_argument("--n-agents", type=int, default=3)
-    given = parser.parse_known_args(shlex.split(options, comments=True))[0]
-    scenario = {"n_agents": given.n_agents, **given.scenario_options}
-    env = VmasEnv("navigation", num_envs=200, seed=seed, scenario_kwargs=scenario)
-    env.reset()  # as the evaluation does
-    return sum(agent.pos_shaping.mean().item() for agent in env._env.agents)
+    found = [len(cells)] if what == "the end" else []
+    for place, cell in enumerate(cells):
+        body = ast.parse(cell.source).body if cell.cell_type == "code" else []
+        targets = [target for one in body for target in getattr(one, "targets", [])]
+        names = {target.id for target in targets if isinstance(target, ast.Name)}
+        inner = [node for one in body if isinstance(one, ast.For) for node in ast.walk(one)]
+        called = {ast.unparse(node.func) for node in inner if isinstance(node, ast.Call)}
+        if what in names or (what == "loop" and "estimate_advantages" in called):
+            found.append(place)
+    if len(found) != 1:
+        raise ValueError(f"{what!r}: {len(found)} cells of {SCRIPT.name} match, but must be one")
+    return found[0]
 
 
-def train(experiment, options, algorithm, seed, threads=1):
-    """Do one run on `threads` threads and return its row, a dictionary with the keys COLUMNS.
+def with_variant(source, variant):
+    """Return the text of train_mappo.py with the cells of `variant`, such as "a + b", in it."""
+    if variant in ("", TWO_THREADS):
+        return source
+    notebook = jupytext.reads(source, fmt="py:percent")
+    cells = jupytext.read(VARIANTS, fmt="py:percent").cells
+    for name in variant.split(" + "):
+        chosen = [cell for cell in cells if name in cell.metadata.get("title", "").split(", ")]
+        if not chosen:
+            raise ValueError(f"{VARIANTS.name} has no variant {name!r}")
+        for cell in chosen:
+            notebook.cells.insert(find_cell(notebook.cells, cell.metadata["before"]), cell)
+    return jupytext.writes(notebook, fmt="py:percent")
 
-    Raises a RuntimeError if the run fails.
+
+def row_of(key, script, evaluations, metrics):
+    """Return a row of results.csv, in which all values are text.
+
+    `key` are the values of KEY, `script` the bytes of train_mappo.py, `evaluations` the contents of
+    evaluation.json at each stop, and `metrics` the path of metrics.csv.
     """
-    row = {"experiment": experiment, "options": options, "algorithm": algorithm, "seed": seed}
-    if algorithm == ATTAINABLE:
-        return row | {"episode_reward": f"{attainable(options, seed):.4f}"}
-    if options.endswith(f"# {TWO_THREADS}"):
-        threads = 2
-    flag = "--mappo" if algorithm == "MAPPO" else "--no-mappo"
-    evaluations = []
-    with tempfile.TemporaryDirectory() as parent:
-        folder = Path(parent, "run")
-        given = ["--device", "cpu", flag, "--seed", str(seed), "--run-folder", str(folder)]
-        script = script_for(options, parent)
-        command = [sys.executable, str(script), *shlex.split(options, comments=True), *given]
-        stops = [["--n-iters", str(number)] for number in STOPPED_AFTER.get(options, [])]
-        for stop in stops or [[]]:  # the same run each time, a little longer
-            process = subprocess.run(
-                [*command, *stop],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                capture_output=True,
-                text=True,
-            )
-            if process.returncode:
-                reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-                raise RuntimeError(f"{command}: exit status {process.returncode}: {reason}")
-            evaluation = json.loads((folder / "evaluation.json").read_text())
-            evaluation = {key: evaluation[key] for key in ("untrained", "trained")}
-            evaluation = {key: with_success(evaluation[key]) for key in evaluation}
-            evaluations.append(evaluation["trained"])
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [with_success(line) for line in csv.DictReader(file)]
-    for name in EVALUATION:
-        row[f"untrained_{name}"] = evaluation["untrained"].get(name, "")
-        numbers = [f"{trained[name]:.4f}" for trained in evaluations if name in trained]
-        row[name] = numbers[-1] if numbers else ""
-        row[f"stops_{name}"] = " ".join(numbers) if stops else ""
-    row["training_seconds"] = f"{sum(float(line['seconds']) for line in rows):.1f}"
-    for name in [*CURVES, *ARRIVALS, SLOPE]:
-        numbers = [f"{float(line[name] or 'nan'):.4f}" for line in rows if name in line]
-        row[f"curve_{name}"] = " ".join(numbers)
+    row = dict.fromkeys(COLUMNS, "") | dict(zip(KEY, map(str, key), strict=True))
+    row["script"] = hashlib.sha1(b"blob %d\0" % len(script) + script).hexdigest()[:12]
+    row["evaluated_after"] = " ".join(str(one["iterations"]) for one in evaluations)
+    curves = pd.read_csv(metrics).rename(columns={"terminated_rate": "success_rate"})
+    row["training_seconds"] = f"{curves['seconds'].sum():.1f}"
+    for name in curves.columns.intersection([curve.removeprefix("curve_") for curve in CURVES]):
+        row[f"curve_{name}"] = " ".join(f"{x:.5g}" for x in curves[name])
+    for name in [*EVALUATION, "value_slope"]:
+        measured = "terminated_rate" if "terminated_rate" in evaluations[0]["trained"] else name
+        key = measured if name == "success_rate" else name
+        found = [one["trained"][key] for one in evaluations if key in one["trained"]]
+        row[name] = " ".join(f"{x:.4f}" for x in found)
+        if key in evaluations[0]["untrained"]:
+            row[f"untrained_{name}"] = f"{evaluations[0]['untrained'][key]:.4f}"
     return row
 
 
-@functools.lru_cache(maxsize=4)
-def parse(path, changed):
-    """The rows of a .csv as it was when it was last changed; a report asks for them very often."""
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+def train(runs, algorithm, seed, threads=1):
+    """Do one of `runs` and return its row; raise a RuntimeError if it fails."""
+    source = SCRIPT.read_bytes()
+    threads = 2 if runs.variant == TWO_THREADS else threads
+    with tempfile.TemporaryDirectory() as parent:
+        script, folder, evaluations = Path(parent, SCRIPT.name), Path(parent, "run"), []
+        script.write_text(with_variant(source.decode(), runs.variant), "utf-8")
+        command = [sys.executable, str(script), *shlex.split(runs.options), "--device", "cpu"]
+        command += ["--mappo" if algorithm == "MAPPO" else "--no-mappo"]
+        command += ["--seed", str(seed), "--run-folder", str(folder)]
+        for stop in [["--n-iters", str(n)] for n in runs.stops] or [[]]:
+            done = subprocess.run(
+                [*command, *stop],
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                capture_output=True,
+                encoding="utf-8",
+            )
+            if done.returncode:
+                said = done.stderr.strip().splitlines() or ["no message"]
+                raise RuntimeError(f"{runs.experiment}, {algorithm}, seed {seed}: {said[-1]}")
+            evaluations.append(json.loads((folder / "evaluation.json").read_text("utf-8")))
+        key = (*runs[:3], algorithm, seed)
+        return row_of(key, source, evaluations, folder / "metrics.csv")
 
 
-def read_rows(path):
-    """The rows of a .csv, as a list of dictionaries of strings; none if there is no file."""
+def read_rows(path=None):
+    """Return the table in results.csv, or in another file, as text; empty if there is none."""
+    path = path or RESULTS
     if not path.exists():
-        return []
-    return parse(path, path.stat().st_mtime_ns)
+        return pd.DataFrame(columns=COLUMNS)
+    return pd.read_csv(path, dtype=str, keep_default_na=False)
 
 
-def add_result(row):
-    """Add a row to results.csv, after the names of the columns if it is the first."""
-    with open(RESULTS, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if file.tell() == 0:
-            writer.writeheader()
-        writer.writerow(row)
+WRITING = threading.Lock()
 
 
-def run_missing(names):
-    """Do the runs of these experiments that results.csv lacks; return how many of them failed."""
-    done = {tuple(row[column] for column in RUN[1:]) for row in read_rows(RESULTS)}
-    missing = {}
-    for name in names:
-        for options, algorithm, seed in EXPERIMENTS[name]:
-            if (options, algorithm, str(seed)) not in done:
-                missing.setdefault((options, algorithm, seed), name)
-    failed = 0
-    pool = ThreadPoolExecutor(max_workers=2)  # each thread waits for one process
+def write_whole(path, text):
+    """Replace a file as a whole: a kill at any moment leaves the old one or the new one."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, "utf-8")
+    os.replace(new, path)
+
+
+def add_row(row, path=None):
+    """Add a row, a dictionary, to results.csv or to another file."""
+    path = path or RESULTS
+    with WRITING:
+        table = pd.concat([read_rows(path), pd.DataFrame([row])]) if path.exists() else [row]
+        write_whole(path, pd.DataFrame(table).to_csv(index=False, lineterminator="\n"))
+
+
+def lacking(runs, rows):
+    """Return those of `runs` that have no row, as a list of (runs, algorithm, seed)."""
+    have = set(rows[KEY].itertuples(index=False, name=None))
+    wanted = [(algorithm, seed) for seed in runs.seeds for algorithm in runs.algorithms]
+    return [(runs, *one) for one in wanted if (*runs[:3], one[0], str(one[1])) not in have]
+
+
+def run_lacking(experiments):
+    """Do the runs of these experiments that have no row yet; return how many of them failed."""
+    rows, failed = read_rows(), 0
+    planned = [runs for runs in PLAN if runs.experiment in experiments]
+    jobs = [job for runs in planned for job in lacking(runs, rows)]
+    if not jobs:
+        print(f"Nothing is missing: {RESULTS.name} has all runs of {', '.join(experiments)}")
+    pool = ThreadPoolExecutor(2)  # each thread waits for a process
+    progress = tqdm(total=len(jobs), desc="runs", disable=not jobs)
     try:
-        started = [pool.submit(train, missing[run], *run) for run in missing]
-        for number, future in enumerate(as_completed(started), start=1):
-            try:
-                row = future.result()
-            except RuntimeError as error:
+        for future in as_completed(
+            [pool.submit(lambda *job: add_row(train(*job)), *job) for job in jobs]
+        ):
+            if future.exception() is not None:
                 failed += 1
-                print(error, file=sys.stderr, flush=True)
-            else:
-                add_result(row)
-                text = ", ".join(str(row[name]) for name in [*RUN, *EVALUATION] if name in row)
-                print(f"{number} of {len(missing)}: {text}", flush=True)
+                progress.write(str(future.exception()), file=sys.stderr)
+            progress.update()
     finally:
-        pool.shutdown(cancel_futures=True)  # on Ctrl-C, do not begin the runs that still wait
+        pool.shutdown(cancel_futures=True)  # after Ctrl-C, do not begin those that still wait
+        progress.close()
     return failed
 
 
-# ------------------------------------------------------------------------------------- statistics
+# ----------------------------------------------------------------------------- rows to numbers
 
 
-def values(name, options, algorithm, column):
-    """One number for each seed of an experiment, in the order of the seeds; arrays for curves."""
-    found = {}
-    for row in read_rows(RESULTS):
-        if (row["options"], row["algorithm"]) == (options, algorithm):
-            found[int(row["seed"])] = [float(number) for number in row[column].split()]
-    seeds = sorted({seed for its_options, _, seed in EXPERIMENTS[name] if its_options == options})
-    curves = np.array([found[seed] for seed in seeds if seed in found])
-    return curves if column.startswith(("curve_", "stops_")) else curves[:, 0]
+def tidy(rows):
+    """Return results.csv as numbers: a line for each run and iteration, sorted by them.
 
-
-def at_stop(name, options, algorithm, iterations):
-    """The evaluations of runs that were stopped on their way, after so many iterations.
-
-    A dictionary with those keys of EVALUATION that the scenario has, one number for each seed, as
-    `values` gives them.
+    Its columns are those of KEY, "iterations" (from 1 on), the evaluation where there was one, and
+    the curves.
     """
-    place = list(STOPPED_AFTER[options]).index(iterations)
-    found = {one: values(name, options, algorithm, f"stops_{one}") for one in EVALUATION}
-    return {one: runs[:, place] for one, runs in found.items() if runs.shape[1] > 0}
+    rows = rows.astype({"seed": int}).set_index(KEY)
+    columns = {}
+    for name in CURVES:
+        numbers = rows[name].str.split().explode().dropna().astype(float)
+        place = numbers.groupby(level=KEY).cumcount() + 1
+        columns[name] = numbers.set_axis(place.rename("iterations"), append=True)
+    for name in [*EVALUATION, "value_slope"]:
+        found = rows.loc[rows[name] != "", ["evaluated_after", name]]
+        found = found.apply(lambda column: column.str.split()).explode(["evaluated_after", name])
+        found = found.set_index(found.pop("evaluated_after").astype(int), append=True)
+        columns[name] = found[name].astype(float).rename_axis([*KEY, "iterations"])
+    return pd.DataFrame(columns).sort_index().reset_index()
 
 
-def at_end(name, options, algorithm):
-    """The evaluations after the last iteration, like `at_stop`."""
-    return {column: values(name, options, algorithm, column) for column in EVALUATION}
+def choose(table, runs):
+    """Return the lines of `runs`: at their stops, or at the end of each if they have none."""
+    same = (table[["experiment", "options", "variant"]] == runs[:3]).all(axis=1)
+    same &= table["algorithm"].isin(runs.algorithms) & table["seed"].isin(runs.seeds)
+    found = table[same]
+    if runs.stops:
+        return found[found["iterations"].isin(runs.stops)]
+    return found.groupby(["algorithm", "seed"]).tail(1)
 
 
-def interval(differences):
-    """Student's 95% interval of the mean of paired differences; no width if all are equal."""
-    if np.ptp(differences) == 0:
-        return differences[0], differences[0]
-    center, width = differences.mean(), stats.sem(differences)
-    return stats.t.interval(0.95, len(differences) - 1, center, width)
+def gather(table, groups):
+    """Return the lines of `groups`, a dictionary of a label and runs (or a list of them).
 
-
-def probability_of_improvement(ours, theirs):
-    """P(X > Y) + P(X = Y) / 2 over all pairs of runs (Agarwal et al. 2021, arXiv:2108.13264)."""
-    return ((ours[:, None] > theirs) + (ours[:, None] == theirs) / 2).mean()
-
-
-def coverage(population, draws=20_000, n=10):
-    """How often the interval from n paired differences drawn from `population` holds its mean."""
-    generator = np.random.default_rng(0)
-    samples = generator.choice(population, (draws, n))
-    width = stats.t.ppf(0.975, n - 1) * stats.sem(samples, axis=1)
-    return (np.abs(samples.mean(axis=1) - population.mean()) <= width + 1e-12).mean()
-
-
-def print_coverage():
-    """Print the coverage of the intervals of each table, from its own differences as population."""
-    for name, labels in TABLES.items():
-        for options, label in labels.items():
-            cells = []
-            for column in EVALUATION:
-                ours, theirs = (
-                    values(name, options, algorithm, column) for algorithm in ("MAPPO", "IPPO")
-                )
-                if np.ptp(ours - theirs) > 0:
-                    cells.append(f"{column} {coverage(ours - theirs, n=len(ours)):.2f}")
-            print(f"{name}, {label}: {', '.join(cells)}")
-
-
-def mean_and_worst(runs, column):
-    """Such as `0.953 (worst 0.920)`."""
-    worst = runs.min() if BETTER[column] == 1 else runs.max()
-    return f"{runs.mean():.{DIGITS[column]}f} (worst {worst:.{DIGITS[column]}f})"
-
-
-def difference(ours, theirs, column):
-    """The mean of the paired differences, its interval, and the pairs in which ours is better.
-
-    Such as `+0.08 [+0.02, +0.14], 9 of 10`. There is no interval where it could not be trusted: if
-    of intervals from as many differences, drawn from these, less than 85% would hold their mean.
+    The index is (label, algorithm, iterations, seed), in the order of the groups and with MAPPO
+    first. A label without rows is left out.
     """
-    differences = ours - theirs
-    if not differences.any():
-        return "none"
-    digits = DIGITS[column]
-    text = f"{differences.mean():+.{digits}f}"
-    if np.ptp(differences) > 0 and coverage(differences, n=len(differences)) >= TRUSTED:
-        low, high = interval(differences)
-        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    better = (BETTER[column] * differences > 0).sum()
-    return f"{text}, {better} of {len(differences)}"
-
-
-def probability_better(ours, theirs, column):
-    """The probability that one of our runs does better in this column than one of theirs."""
-    sign = BETTER[column]
-    return f"{probability_of_improvement(sign * ours, sign * theirs):.2f}"
-
-
-def line_of(*cells):
-    """A line of a Markdown table."""
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
-
-
-def table(name):
-    """An experiment as a Markdown table: for each algorithm the mean and the worst run.
-
-    Below them the mean difference between the runs of a seed, MAPPO less IPPO, with its interval,
-    and the probability that a run of MAPPO does better than one of IPPO.
-    """
-    lines = [
-        "| | algorithm | runs | success rate | reward per agent | steps | collisions |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for options, label in TABLES[name].items():
-        ours, theirs = (at_end(name, options, algorithm) for algorithm in ("MAPPO", "IPPO"))
-        for algorithm, found in (("MAPPO", ours), ("IPPO", theirs)):
-            cells = [mean_and_worst(found[column], column) for column in EVALUATION]
-            lines.append(line_of(label, algorithm, len(found["success_rate"]), *cells))
-        cells = [difference(ours[one], theirs[one], one) for one in EVALUATION]
-        lines.append(line_of(label, "difference", f"{len(ours['success_rate'])} pairs", *cells))
-        cells = [probability_better(ours[one], theirs[one], one) for one in EVALUATION]
-        lines.append(f"| {label} | P(MAPPO better) | | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def over_time(name, options, stops, columns):
-    """A Markdown table of runs that were evaluated on their way: both algorithms at these stops.
-
-    `columns` says which two columns of an evaluation it shows, and what it calls them.
-    """
-    head = ["IPPO", "difference", "P(MAPPO better)"]
-    titles = [title for label in columns.values() for title in (f"{label}: MAPPO", *head)]
-    lines = [line_of("iterations", *titles), line_of(*["---"] * 9)]
-    for iterations in stops:
-        ours, theirs = (
-            at_stop(name, options, algorithm, iterations) for algorithm in ("MAPPO", "IPPO")
+    parts = {
+        label: pd.concat(
+            [choose(table, one) for one in (runs if isinstance(runs, list) else [runs])]
         )
-        cells = []
-        for column in columns:
-            cells += [mean_and_worst(found[column], column) for found in (ours, theirs)]
-            cells.append(difference(ours[column], theirs[column], column))
-            cells.append(probability_better(ours[column], theirs[column], column))
-        lines.append(line_of(iterations, *cells))
-    return "\n".join(lines)
-
-
-def lasting():
-    """A Markdown table of the long runs: success and reward of both algorithms at their stops."""
-    columns = {"success_rate": "success", "episode_reward": "reward"}
-    return over_time("lasting", "--n-iters 50", STOPPED_AFTER["--n-iters 50"], columns)
-
-
-def transport():
-    """A Markdown table of the other scenario: success and steps of both algorithms."""
-    columns = {"success_rate": "success", "episode_length": "steps"}
-    return over_time("transport", TRANSPORT, STOPPED_AFTER[TRANSPORT], columns)
-
-
-def arrivals():
-    """A Markdown table of the step in which the last robot arrives, in a run's last batch."""
-    options = f"--n-iters 10 # {MEASURED}"
-    labels = ["value before it", "reward of it", "advantage of it, in standard deviations"]
-    lines = [
-        line_of(
-            "in the step of the last arrival", "MAPPO", "IPPO", "difference", "P(MAPPO higher)"
-        ),
-        line_of(*["---"] * 5),
-    ]
-    for column, label in zip(ARRIVALS, labels, strict=True):
-        ours, theirs = (
-            values("arrivals", options, algorithm, f"curve_{column}")[:, -1]
-            for algorithm in ("MAPPO", "IPPO")
-        )
-        cells = [
-            f"{runs.mean():.2f} ({runs.min():.2f} to {runs.max():.2f})" for runs in (ours, theirs)
-        ]
-        probability = f"{probability_of_improvement(ours, theirs):.2f}"
-        lines.append(line_of(label, *cells, difference(ours, theirs, column), probability))
-    return "\n".join(lines)
-
-
-def against_the_first(variants, column="success_rate"):
-    """A Markdown table: variants of a run, and how they differ from the first of them in a column.
-
-    `variants` are pairs of a label and evaluations as `at_end` gives them. What the column is
-    called stands in the head of the table.
-    """
-    titles = {"success_rate": "success rate", "episode_reward": "reward per agent"}
-    titles |= {"episode_length": "steps", "collisions": "collisions"}
-    head = ["", "runs", *titles.values()]
-    head += [f"{titles[column]}: difference to the first", "P(better)"]
-    lines = [line_of(*head), line_of(*["---"] * 8)]
-    reference = variants[0][1][column]
-    for label, found in variants:
-        cells = [mean_and_worst(found[one], one) for one in EVALUATION]
-        compared = ["", ""]
-        if found[column] is not reference:
-            compared = [difference(found[column], reference, column)]
-            compared.append(probability_better(found[column], reference, column))
-        lines.append(line_of(label, len(found[column]), *cells, *compared))
-    return "\n".join(lines)
-
-
-def ends():
-    """A Markdown table of IPPO after 15 iterations, with one cause or another taken away."""
-    variants = [("the default", at_stop("lasting", "--n-iters 50", "IPPO", 15))]
-    variants += [(label, at_end("ends", options, "IPPO")) for options, label in ENDS.items()]
-    return against_the_first(variants)
-
-
-def shared_or_not():
-    """MAPPO with networks that are shared, or are not: pairs of a label and evaluations."""
-    variants = [("both shared, the default", at_end("flag", "", "MAPPO"))]
-    longer = at_stop("lasting", "--n-iters 50", "MAPPO", 30)
-    separate = "--no-share-parameters-policy"
-    variants.append(("separate policies", at_end("policies", separate, "MAPPO")))
-    for options, label in SHARING.items():
-        variants.append((label, at_end("sharing", options, "MAPPO")))
-    variants.append(("both shared, 30 iterations", longer))
-    return variants
-
-
-def sharing():
-    """A Markdown table of MAPPO with networks that are shared, or are not."""
-    return against_the_first(shared_or_not())
-
-
-def told_with_eight():
-    """What the critics see, with eight robots paid as a team: pairs of a label and evaluations."""
-    team = f"{EIGHT} {SHARED}"
-    variants = [("IPPO", at_end("payment", team, "IPPO"))]
-    for options, label in TOLD_EIGHT.items():
-        variants.append((f"IPPO, told {label}", at_end("told", options, "IPPO")))
-    variants.append(("MAPPO", at_end("payment", team, "MAPPO")))
-    return variants
-
-
-def told_eight():
-    """A Markdown table of what the critics see, with eight robots paid as a team."""
-    return against_the_first(told_with_eight(), "episode_length")
-
-
-def told_long():
-    """A Markdown table of success with three robots, after 10, 15 and 20 iterations."""
-    stops = (10, 15, 20)
-    lines = [line_of("success rate after", *(f"{number} iterations" for number in stops))]
-    lines.append(line_of(*["---"] * 4))
-    for label, *run in [
-        ("IPPO", "lasting", "--n-iters 50", "IPPO"),
-        ("IPPO, told the others' ways", "told", TOLD_LONG, "IPPO"),
-        ("MAPPO", "lasting", "--n-iters 50", "MAPPO"),
-    ]:
-        found = [at_stop(*run, iterations)["success_rate"] for iterations in stops]
-        lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
-    return "\n".join(lines)
-
-
-def slopes():
-    """A Markdown table of how a critic's value falls as one robot alone comes nearer."""
-    told = [f"{options} + {SLOPES}" for options in TOLD_EIGHT]
-    lines = [
-        line_of("8 robots, paid", "the critic sees", "its value falls by", "success rate", "steps"),
-        line_of(*["---"] * 5),
-    ]
-    for payment, sees, options, algorithm in [
-        ("each for itself", "its observation: IPPO", f"{EACH_PAID} # {SLOPES}", "IPPO"),
-        ("each for itself", "all observations: MAPPO", f"{EACH_PAID} # {SLOPES}", "MAPPO"),
-        ("as a team", "all observations: MAPPO", f"{TEAM_PAID} # {SLOPES}", "MAPPO"),
-        ("as a team", "its own, and the others' ways", told[0], "IPPO"),
-        ("as a team", "its observation: IPPO", f"{TEAM_PAID} # {SLOPES}", "IPPO"),
-        ("as a team", "its own, and its own way", told[1], "IPPO"),
-    ]:
-        fall = values("slopes", options, algorithm, f"curve_{SLOPE}")[:, -1]
-        cells = [f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})"]
-        for column in ("success_rate", "episode_length"):
-            cells.append(mean_and_worst(values("slopes", options, algorithm, column), column))
-        lines.append(line_of(payment, sees, *cells))
-    return "\n".join(lines)
-
-
-def slopes_long():
-    """A Markdown table of the same with three robots, after some iterations with the defaults."""
-    lines = [line_of("its value falls by", "5 iterations", "10", "15"), line_of(*["---"] * 4)]
-    for label, algorithm, options in [
-        ("MAPPO", "MAPPO", f"--n-iters 10 # {SLOPES}"),
-        ("IPPO", "IPPO", f"--n-iters 15 # {SLOPES}"),
-        (f"IPPO, {NO_ENDS}", "IPPO", f"--n-iters 15 # {NO_ENDS} + {SLOPES}"),
-    ]:
-        falls = values("slopes", options, algorithm, f"curve_{SLOPE}").T[4::5]
-        cells = [f"{fall.mean():.2f} ({fall.min():.2f} to {fall.max():.2f})" for fall in falls]
-        lines.append(line_of(label, *cells, *[""] * (3 - len(cells))))
-    return "\n".join(lines)
-
-
-def hurried():
-    """A Markdown table of success with the recipes, and whether IPPO's is mended by a change."""
-    lines = [line_of("success rate", "MAPPO", "IPPO", f"IPPO, {NO_ENDS}", "IPPO, told")]
-    lines.append(line_of(*["---"] * 5))
-    for label, options in RECIPES.items():
-        found = [
-            values("recipes", options, algorithm, "success_rate") for algorithm in ("MAPPO", "IPPO")
-        ]
-        for change in (NO_ENDS, TOLD):
-            found.append(values("hurried", f"{options} # {change}", "IPPO", "success_rate"))
-        lines.append(line_of(label, *(mean_and_worst(one, "success_rate") for one in found)))
-    return "\n".join(lines)
-
-
-def own_critics():
-    """A Markdown table of 8 robots, each paid for itself, with one critic or one for each."""
-    variants = {
-        "MAPPO, one critic for all": ("payment", EACH_PAID, "MAPPO"),
-        "MAPPO, one for each robot": ("critics", OWN_CRITICS, "MAPPO"),
-        "IPPO, one critic for all": ("payment", EACH_PAID, "IPPO"),
+        for label, runs in groups.items()
     }
-    titles = ["", "runs", "steps", "difference to the first", "P(better)"]
-    lines = [line_of(*titles, "explained variance, last batch"), line_of(*["---"] * 6)]
-    first = values(*variants["MAPPO, one critic for all"], "episode_length")
-    for label, runs in variants.items():
-        steps = values(*runs, "episode_length")
-        explained = values(*runs, "curve_explained_variance")[:, -1].mean()
+    found = pd.concat(parts, names=["label"]).reset_index("label")
+    found = found.set_index(["label", "algorithm", "iterations", "seed"])
+    return found.sort_index(level="algorithm", ascending=False, sort_remaining=False, kind="stable")
+
+
+# ----------------------------------------------------------------------------------- statistics
+
+
+def coverage(differences, draws=20_000):
+    """Return how often Student's 95% interval of the mean holds the mean of its population.
+
+    The samples are as large as `differences`, and drawn from them.
+    """
+    n, generator = len(differences), np.random.default_rng(0)
+    samples = generator.choice(differences.to_numpy(), (draws, n))
+    width = stats.t.ppf(0.975, n - 1) * stats.sem(samples, axis=1)
+    return (np.abs(samples.mean(axis=1) - differences.mean()) <= width + 1e-12).mean()
+
+
+def sign_of(name):
+    """Return -1 for a measurement of which less is better, otherwise 1."""
+    return -1 if name in FEWER_IS_BETTER else 1
+
+
+def mean(runs):
+    """Return the mean over runs as text."""
+    return f"{runs.mean():.{DIGITS.get(runs.name, 2)}f}"
+
+
+def mean_and_worst(runs):
+    """Return the mean over runs and the worst of them, such as "0.953 (worst 0.920)"."""
+    worst = runs.min() if sign_of(runs.name) == 1 else runs.max()
+    return f"{mean(runs)} (worst {worst:.{DIGITS.get(runs.name, 2)}f})"
+
+
+def mean_and_range(runs):
+    """Return the mean over runs with the lowest and the highest: "0.37 (0.35 to 0.39)"."""
+    return f"{mean(runs)} ({runs.min():.2f} to {runs.max():.2f})"
+
+
+def lowest_to_highest(runs):
+    """Return the range of runs with three significant digits."""
+    return f"{runs.min():.3g} to {runs.max():.3g}"
+
+
+def difference(ours, theirs):
+    """Compare runs with the same seeds: mean difference, 95% interval, and pairs that are better.
+
+    Such as "+0.08 [+0.02, +0.14], 9 of 10". Without the interval if it could not be trusted, as its
+    coverage is below TRUSTED. Both are Series indexed by seed.
+    """
+    ours, theirs = ours.align(theirs, join="inner")
+    gaps, digits = ours - theirs, DIGITS.get(ours.name, 2)
+    if not gaps.any():
+        return "none"
+    text = f"{gaps.mean():+.{digits}f}"
+    if gaps.nunique() > 1 and coverage(gaps) >= TRUSTED:
+        low, high = stats.ttest_rel(ours, theirs).confidence_interval()
+        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
+    return f"{text}, {(sign_of(ours.name) * gaps > 0).sum()} of {len(gaps)}"
+
+
+def probability_better(ours, theirs):
+    """Return the probability that one of our runs is better than one of theirs; ties count half.
+
+    The probability of improvement of Agarwal et al. 2021, arXiv:2108.13264.
+    """
+    sign = sign_of(ours.name)
+    test = stats.mannwhitneyu(sign * ours, sign * theirs, method="asymptotic")
+    return f"{test.statistic / (len(ours) * len(theirs)):.2f}"
+
+
+# --------------------------------------------------------------------------------------- tables
+
+
+def markdown(head, lines):
+    """Return a table in Markdown; all lines are lists of cells."""
+    lines = [head, ["---"] * len(head), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def pairs(runs):
+    """Split lines of one label by algorithm: tables of MAPPO and of IPPO indexed by seed."""
+    found = [runs[runs.index.get_level_values("algorithm") == one] for one in ("MAPPO", "IPPO")]
+    return [one.reset_index().set_index("seed") for one in found]
+
+
+def comparison(data, columns=EVALUATION, form=mean_and_worst):
+    """Show mean and worst run of each algorithm; below them, MAPPO minus IPPO and P(better)."""
+    lines = []
+    for label, runs in data.groupby("label", sort=False):
+        for algorithm, found in runs.groupby("algorithm", sort=False):
+            lines.append([label, algorithm, len(found), *(form(found[one]) for one in columns)])
+        ours, theirs = pairs(runs)
+        if len(ours) and len(theirs):
+            number = f"{len(ours.index.intersection(theirs.index))} pairs"
+            cells = [difference(ours[one], theirs[one]) for one in columns]
+            lines.append([label, "difference", number, *cells])
+            cells = [probability_better(ours[one], theirs[one]) for one in columns]
+            lines.append([label, "P(MAPPO better)", "", *cells])
+    titles = [TITLES.get(one, one) for one in columns]
+    return markdown(["", "algorithm", "runs", *titles], lines)
+
+
+def successful(data):
+    """Compare the steps of those episodes that succeed; one that fails counts as 100."""
+    succeeded = data["success_rate"]
+    length = (data["episode_length"] - 100 * (1 - succeeded)) / succeeded
+    return comparison(data.assign(successful_length=length), ["successful_length"])
+
+
+def over_time(data, columns):
+    """Compare the algorithms after each number of iterations."""
+    lines = []
+    for iterations, runs in data.groupby("iterations"):
+        line = [iterations]
+        ours, theirs = pairs(runs)
+        for one in columns:
+            line += [mean_and_worst(runs[one]) if len(runs) else "" for runs in (ours, theirs)]
+            known = len(ours) and len(theirs)
+            line += [difference(ours[one], theirs[one]) if known else ""]
+            line += [probability_better(ours[one], theirs[one]) if known else ""]
+        lines.append(line)
+    head = [TITLES[one] for one in columns]
+    head = [x for one in head for x in (f"{one}: MAPPO", "IPPO", "difference", "P(MAPPO better)")]
+    return markdown(["iterations", *head], lines)
+
+
+def against_the_first(data, column="success_rate"):
+    """Compare each label with the first one."""
+    lines, first = [], None
+    for label, runs in data.groupby("label", sort=False):
+        runs = runs.reset_index().set_index("seed")
         compared = ["", ""]
-        if label != "MAPPO, one critic for all":
-            compared = [difference(steps, first, "episode_length")]
-            compared.append(probability_better(steps, first, "episode_length"))
-        cells = [len(steps), mean_and_worst(steps, "episode_length"), *compared]
-        lines.append(line_of(label, *cells, f"{explained:.2f}"))
-    return "\n".join(lines)
+        if first is not None:
+            compared = [difference(runs[column], first), probability_better(runs[column], first)]
+        first = runs[column] if first is None else first
+        cells = [mean_and_worst(runs[one]) for one in EVALUATION]
+        lines.append([label, len(runs), *cells, *compared])
+    titles = [TITLES.get(one, one) for one in EVALUATION]
+    head = ["", "runs", *titles, f"{TITLES[column]}: difference to the first", "P(better)"]
+    return markdown(head, lines)
 
 
-def critics():
-    """A Markdown table of what the critics knew: means over runs, after some iterations."""
-    which = {"first batch": 0, "fifth": 4, "last": -1}
-    head = ["", "algorithm"]
-    head += [f"explained variance, {place}" for place in which]
-    head += [f"deviation of advantages, {place}" for place in which]
-    lines = [line_of(*head), line_of(*["---"] * len(head))]
-    for options, label in TABLES["payment"].items():
-        for algorithm in ("MAPPO", "IPPO"):
-            cells = []
-            for column in ("explained_variance", "advantage_std"):
-                curves = values("payment", options, algorithm, f"curve_{column}")
-                cells += [f"{curves[:, place].mean():.2f}" for place in which.values()]
-            lines.append(line_of(label, algorithm, *cells))
-    return "\n".join(lines)
+def grid(data, columns, over=False):
+    """Show a line for each label; `columns` are {title: (measurement, form)}.
+
+    With `over`, a measurement has a column for each number of iterations.
+    """
+    places = sorted(set(data.index.get_level_values("iterations"))) if over else [None]
+    lines = []
+    for label, runs in data.groupby("label", sort=False):
+        line = [label]
+        for name, form in columns.values():
+            for n in places:
+                chosen = runs.index.get_level_values("iterations") == n if over else slice(None)
+                found = runs.loc[chosen, name].dropna()
+                line.append(form(found) if len(found) else "")
+        lines.append(line)
+    head = [title if n is None else f"{title}, {n}" for title in columns for n in places]
+    return markdown(["", *head], lines)
 
 
-def successful():
-    """A Markdown table of the steps of the episodes that succeed, with MAPPO and with IPPO."""
-    lines = [line_of("steps of successful episodes", "MAPPO", "IPPO", "difference")]
-    lines.append(line_of(*["---"] * 4))
-    tables = {"both": {"": "3 robots, defaults"}, "payment": {TEAM_PAID: "8 robots, team paid"}}
-    for name, labels in tables.items():
-        for options, label in labels.items():
-            found = []
-            for algorithm in ("MAPPO", "IPPO"):
-                runs = at_end(name, options, algorithm)
-                failed = 1 - runs["success_rate"]
-                found.append((runs["episode_length"] - 100 * failed) / (1 - failed))
-            cells = [f"{steps.mean():.1f}" for steps in found]
-            lines.append(line_of(label, *cells, difference(*found, "episode_length")))
-    return "\n".join(lines)
+def band(data):
+    """Show the range over runs of each column of metrics.csv, a line for each."""
+    groups = data.groupby(["algorithm", "iterations"], sort=False)
+    cells = groups[[f"curve_{name}" for name in METRICS]].agg(lowest_to_highest)
+    head = [f"{algorithm}, iteration {n}" for algorithm, n in cells.index]
+    lines = [[f"`{name}`", *cells[f"curve_{name}"]] for name in METRICS]
+    return markdown(["", *head], lines)
 
 
-def shares():
-    """A Markdown table of the reward as a share of what could be earned on the whole way."""
-    lines = [line_of("", "attainable", "MAPPO", "IPPO"), line_of(*["---"] * 4)]
-    places = {"": ("flag", "3 robots, defaults")}
-    places |= {options: ("teams", f"{label}, thorough") for options, label in TEAMS.items()}
-    places[TEAM_PAID] = ("payment", "8 robots that cannot collide, team paid")
-    for options, (name, label) in places.items():
-        [whole] = values("attainable", options, ATTAINABLE, "episode_reward")
-        found = [
-            values(name, options, algorithm, "episode_reward").mean() / whole
-            for algorithm in ("MAPPO", "IPPO")
-        ]
-        lines.append(line_of(label, f"{whole:.2f}", *(f"{100 * share:.0f}%" for share in found)))
-    return "\n".join(lines)
-
-
-def turns_of(rows, table):
-    """The rows of one speed table: {(name, algorithm): seconds for each turn, over the amount}."""
-    found = {}
-    for row in rows:
-        if row["table"] == table:
-            each = float(row["seconds"]) / float(row["amount"])
-            found.setdefault((row["name"], row["algorithm"]), []).append(each)
-    return {key: np.array(turns) for key, turns in found.items()}
+def transfer():
+    """Show how policies that were trained in one team act in others."""
+    rows = read_rows(TRANSFER)
+    groups = rows.astype(float).astype({"n_agents": int}).groupby("n_agents")
+    lines = [
+        [f"{n} robots", len(runs), *(mean_and_worst(runs[one]) for one in EVALUATION)]
+        for n, runs in groups
+    ]
+    return markdown(["", "runs", *(TITLES.get(one, one) for one in EVALUATION)], lines)
 
 
 def ratio(these, those):
-    """The median of `these` over `those`, turn by turn, with the lowest and the highest."""
+    """Return the median ratio over turns, with the lowest and the highest."""
     ratios = these / those
-    return f"{np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
+    return f"{ratios.median():.2f} ({ratios.min():.2f} to {ratios.max():.2f})"
 
 
-def speed_of_trainings(rows):
-    """A Markdown table of whole trainings by the recipes, in iterations with the defaults."""
-    turns = turns_of(rows, "trainings")
-    iteration = turns.pop(("defaults", "MAPPO"))
-    lines = [line_of("whole trainings", "algorithm", "seconds, median", "default iterations")]
-    lines.append(line_of(*["---"] * 4))
-    for (name, algorithm), taken in turns.items():
-        lines.append(line_of(name, algorithm, f"{np.median(taken):.1f}", ratio(taken, iteration)))
-    return "\n".join(lines)
+def speed(rows=None):
+    """Show the median time of each thing, and its ratio, turn by turn, to the first of its table.
+
+    `rows` has the columns of speed.csv.
+    """
+    rows = read_rows(SPEED) if rows is None else rows
+    rows = rows.assign(each=rows["seconds"].astype(float) / rows["amount"].astype(float))
+    forms = {"gradient step": lambda s: f"{1000 * s:.2f} ms", "frame": lambda s: f"{1 / s:,.0f}/s"}
+    lines = []
+    for (table, unit), found in rows.groupby(["table", "unit"], sort=False):
+        turns = found.set_index("turn").groupby("name", sort=False)["each"]
+        reference = next(iter(turns))[1]
+        for name, taken in turns:
+            form = forms.get(unit, lambda s: f"{s:.1f} s")
+            lines.append([table, name, form(taken.median()), ratio(taken, reference)])
+    return markdown(["", "", "median", "times the first"], lines)
 
 
-def speed_of_steps(rows):
-    """A Markdown table of a gradient step by the script and in bare PyTorch."""
-    turns = turns_of(rows, "steps")
-    bare = turns["the same in bare PyTorch", "MAPPO"]
-    lines = [line_of("a gradient step", "milliseconds, median", "times the bare one")]
-    lines.append(line_of(*["---"] * 3))
-    for (name, _), taken in turns.items():
-        lines.append(line_of(name, f"{1000 * np.median(taken):.2f}", ratio(taken, bare)))
-    return "\n".join(lines)
-
-
-def speed_of_collection(rows):
-    """A Markdown table of the collector and of the simulator alone, with random actions."""
-    turns = turns_of(rows, "collection")
-    lines = [
-        line_of("environments", "frames per second", "VMAS alone, random actions", "times as long")
-    ]
-    lines.append(line_of(*["---"] * 4))
-    for name in [name for name, _ in turns if "," not in name]:
-        ours, alone = turns[name, "MAPPO"], turns[f"{name}, VMAS alone", "MAPPO"]
-        speeds = [f"{1 / np.median(taken):,.0f}" for taken in (ours, alone)]
-        lines.append(line_of(name, *speeds, ratio(ours, alone)))
-    return "\n".join(lines)
-
-
-SPEED_TABLES = {
-    "speed-of-trainings": speed_of_trainings,
-    "speed-of-steps": speed_of_steps,
-    "speed-of-collection": speed_of_collection,
+success, steps = ("success_rate", mean_and_worst), ("episode_length", mean_and_worst)
+slope = ("curve_value_slope", mean_and_range)
+TABLES = {
+    "flag": (
+        {"seeds 0 to 9": FLAG, "seeds 10 to 19": FRESH, "all twenty": [FLAG, FRESH]},
+        comparison,
+    ),
+    "successful": ({"3 robots": [FLAG, FRESH], "8 robots, shared reward": SHARED}, successful),
+    "rewards": (
+        {
+            "shared reward": SHARED,
+            "individual rewards": INDIVIDUAL,
+            "shared reward, seeds 10 to 19": SHARED_FRESH,
+            "individual rewards, seeds 10 to 19": INDIVIDUAL_FRESH,
+        },
+        comparison,
+    ),
+    "critics": (
+        {
+            "shared reward, MAPPO": SHARED.of("MAPPO", 1, 5, 10),
+            "shared reward, IPPO": SHARED.of("IPPO", 1, 5, 10),
+            "individual rewards, MAPPO": INDIVIDUAL.of("MAPPO", 1, 5, 10),
+            "individual rewards, MAPPO, a critic for each robot": CRITICS.of("MAPPO", 1, 5, 10),
+            "individual rewards, IPPO": INDIVIDUAL.of("IPPO", 1, 5, 10),
+        },
+        partial(
+            grid,
+            columns={
+                "explained variance, iteration": ("curve_explained_variance", mean),
+                "std of advantages, iteration": ("curve_advantage_std", mean),
+            },
+            over=True,
+        ),
+    ),
+    "own-critics": (
+        {
+            "MAPPO, one critic for all": INDIVIDUAL.of("MAPPO"),
+            "MAPPO, a critic for each robot": CRITICS,
+            "IPPO, one critic for all": INDIVIDUAL.of("IPPO"),
+        },
+        partial(against_the_first, column="episode_length"),
+    ),
+    "long": ({"": LONG}, partial(over_time, columns=["success_rate", "episode_reward"])),
+    "arrivals": ({"": MEASURED}, partial(comparison, columns=ARRIVALS, form=mean_and_range)),
+    "remedies": (
+        {
+            "the default": LONG.of("IPPO", 15),
+            "arrivals bootstrapped": ENDLESS,
+            "individual rewards": EACH_ITS_OWN,
+            "gamma 0.9": SHORT_SIGHTED,
+        },
+        against_the_first,
+    ),
+    "bootstrapped": (
+        {"3 robots": BOOTSTRAPPED, "8 robots, shared reward": BOOTSTRAPPED_EIGHT},
+        comparison,
+    ),
+    "distance": (
+        {
+            "IPPO": SHARED.of("IPPO"),
+            "IPPO, the others' distance": TOLD_OTHERS,
+            "IPPO, the robot's own distance": TOLD_OWN,
+            "MAPPO": SHARED.of("MAPPO"),
+        },
+        partial(against_the_first, column="episode_length"),
+    ),
+    "distance-long": (
+        {
+            "IPPO": LONG.of("IPPO", 10, 15, 20),
+            "IPPO, the others' distance": TOLD_LONG,
+            "MAPPO": LONG.of("MAPPO", 10, 15, 20),
+        },
+        partial(grid, columns={"success rate, iteration": success}, over=True),
+    ),
+    "slopes": (
+        {
+            "individual rewards, own observation (IPPO)": SLOPES_INDIVIDUAL.of("IPPO"),
+            "individual rewards, all observations (MAPPO)": SLOPES_INDIVIDUAL.of("MAPPO"),
+            "shared reward, all observations (MAPPO)": SLOPES_SHARED.of("MAPPO"),
+            "shared reward, own observation and the others' distance": SLOPES_OTHERS,
+            "shared reward, own observation (IPPO)": SLOPES_SHARED.of("IPPO"),
+            "shared reward, own observation and own distance": SLOPES_OWN,
+        },
+        partial(
+            grid, columns={"slope of the value": slope, "success rate": success, "steps": steps}
+        ),
+    ),
+    "slopes-long": (
+        {
+            "MAPPO": [SLOPES_TEN.of("MAPPO", 5, 10), REBUILT.of("MAPPO", 15)],
+            "IPPO": SLOPES_LONG.of("IPPO", 5, 10, 15),
+            "IPPO, arrivals bootstrapped": SLOPES_ENDLESS.of("IPPO", 5, 10, 15),
+        },
+        partial(grid, columns={"slope of the value, iteration": slope}, over=True),
+    ),
+    "lambda": ({"lambda 1": LAMBDA_ONE, "lambda 0.9": SHARED}, comparison),
+    "recipes-remedies": (
+        {
+            f"{name}, {label}": runs
+            for name in RECIPES
+            for label, runs in {
+                "MAPPO": BY_RECIPE[name].of("MAPPO"),
+                "IPPO": BY_RECIPE[name].of("IPPO"),
+                "IPPO, arrivals bootstrapped": REPAIRED[name, BOOTSTRAP],
+                "IPPO, the others' distance": REPAIRED[name, OTHERS],
+            }.items()
+        },
+        partial(grid, columns={"success rate": success, "steps": steps}),
+    ),
+    "epochs": ({"5 epochs": FIVE, "10 epochs": TEN, "30 epochs": FLAG}, comparison),
+    "fewer-epochs": (
+        {"10 epochs, 50 iterations": TEN_LONG, "5 epochs, 70 iterations": FIVE_LONG},
+        comparison,
+    ),
+    "fewer-epochs-reward": (
+        {
+            f"{label}, {algorithm}": runs.of(algorithm, 10, 20, 30, 40, 50, 60, 70)
+            for label, runs in {"10 epochs": TEN_LONG, "5 epochs": FIVE_LONG}.items()
+            for algorithm in ("MAPPO", "IPPO")
+        },
+        partial(
+            grid, columns={"training reward, iteration": ("curve_episode_reward", mean)}, over=True
+        ),
+    ),
+    "horizon": ({"gamma 0.9": HORIZON, "gamma 0.99": FLAG}, comparison),
+    "policies": ({"separate policies": POLICIES, "a shared policy": FLAG}, comparison),
+    "sharing": (
+        {
+            "both shared, the default": FLAG.of("MAPPO"),
+            "separate policies": POLICIES.of("MAPPO"),
+            **SHARING,
+            "both shared, 30 iterations": LONG.of("MAPPO", 30),
+        },
+        against_the_first,
+    ),
+    "recipes": ({**BY_RECIPE, "quick, seeds 30 to 49": QUICK_FRESH}, comparison),
+    "teams": (TEAMS, comparison),
+    "transport": ({"": TRANSPORT}, partial(over_time, columns=["success_rate", "episode_length"])),
+    "rebuilt": (
+        {"": REBUILT},
+        partial(over_time, columns=["success_rate", "episode_length", "value_slope"]),
+    ),
+    "rebuilt-recipes": (REBUILT_RECIPES, comparison),
+    "band": ({"": REBUILT._replace(stops=(1, 10))}, band),
 }
+OTHER_TABLES = {"transfer": transfer, "speed": speed, "tutorial": tutorial.report}
 
 
-def make_table(name):
-    """The table that study/README.md calls `name`, in Markdown."""
-    if name in TABLES:
-        return table(name)
-    if name in SPEED_TABLES:
-        return SPEED_TABLES[name](read_rows(SPEED))
-    others = {
-        "critics": critics,
-        "successful": successful,
-        "shares": shares,
-        "own-critics": own_critics,
-        "lasting": lasting,
-        "arrivals": arrivals,
-        "ends": ends,
-        "told-eight": told_eight,
-        "told-long": told_long,
-        "slopes": slopes,
-        "slopes-long": slopes_long,
-        "hurried": hurried,
-        "sharing": sharing,
-        "transport": transport,
-    }
-    return others[name]()
+def make_table(name, table):
+    """Return the table of README.md that is called `name`; `table` is what `tidy` returns."""
+    if name in OTHER_TABLES:
+        return OTHER_TABLES[name]()
+    groups, show = TABLES[name]
+    data = gather(table, groups)
+    return show(data) if len(data) else "*Not run yet.*"
 
 
-def with_tables(text):
-    """A README's text with the tables between <!-- table:NAME --> and <!-- /table --> made anew."""
+def with_tables(text, table):
+    """Return a README's text with new tables between <!-- table:NAME --> and <!-- /table -->."""
     return re.sub(
         r"<!-- table:([\w-]+) -->.*?<!-- /table -->",
-        lambda found: f"<!-- table:{found[1]} -->\n{make_table(found[1])}\n<!-- /table -->",
+        lambda mark: f"<!-- table:{mark[1]} -->\n{make_table(mark[1], table)}\n<!-- /table -->",
         text,
         flags=re.DOTALL,
     )
 
 
-# ---------------------------------------------------------------------------------------- figures
+# -------------------------------------------------------------------------------------- figures
+
+STYLE = {
+    "MAPPO": {"color": "tab:blue", "marker": "o", "markerfacecolor": "tab:blue"},
+    "IPPO": {"color": "tab:orange", "marker": "s", "markerfacecolor": "white", "linestyle": "--"},
+}
 
 
-def mark_of(algorithm):
-    """How the mark of a run is drawn: MAPPO's filled and IPPO's open, which shows in print, too."""
-    color = COLOR[algorithm]
-    inside = color if algorithm == "MAPPO" else "white"
-    style = {"linestyle": "none", "marker": MARKER[algorithm], "markersize": 5}
-    return {**style, "color": color, "markerfacecolor": inside}
-
-
-def draw_marks(axes, place, runs, algorithm, **label):
-    """A mark for each run beside one another, so that equal ones can be counted, and their mean."""
-    where = place + np.linspace(-0.09, 0.09, len(runs))
-    axes.plot(where, runs, **mark_of(algorithm), **label)
-    axes.hlines(runs.mean(), place - 0.14, place + 0.14, color="black", linewidth=2)
-
-
-def draw_pairs(axes, name, column):
-    """One column of an experiment: a mark for each run, a line between the two of a seed."""
-    for place, options in enumerate(TABLES[name]):
-        ours, theirs = (values(name, options, one, column) for one in ("MAPPO", "IPPO"))
-        shift = np.linspace(-0.09, 0.09, len(ours))
-        for one, other, beside in zip(ours, theirs, shift, strict=True):
-            where = [place - 0.22 + beside, place + 0.22 + beside]
-            axes.plot(where, [one, other], color="lightgray", linewidth=1, zorder=0)
-        draw_marks(axes, place - 0.22, ours, "MAPPO", label="MAPPO, a run")
-        draw_marks(axes, place + 0.22, theirs, "IPPO", label="IPPO, a run")
-    axes.set_xticks(range(len(TABLES[name])), TABLES[name].values())
-    axes.set_xlim(-0.5, len(TABLES[name]) - 0.5)
-    axes.grid(axis="y", alpha=0.3)
-
-
-def draw_comparison(name, what):
-    """An experiment's success rate and steps, as study/NAME.png; `what` says what its options are.
-
-    Runs of one seed are joined by a line.
-    """
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    draw_pairs(left, name, "success_rate")
-    left.set(ylabel="success rate", ylim=(-0.03, 1.05))
-    draw_pairs(right, name, "episode_length")
-    right.set(ylabel=STEPS, ylim=(30, 102))
-    for axes in (left, right):
-        axes.set_xlabel(what)
-    handles, labels = left.get_legend_handles_labels()
-    handles = [*handles[:2], left.plot([], [], color="black", linewidth=2)[0]]
-    handles.append(left.plot([], [], color="lightgray")[0])
-    labels = [*labels[:2], "mean", "the same seed"]
-    figure.legend(handles, labels, loc="outside upper center", ncols=4)
-    figure.savefig(STUDY / f"{name}.png", dpi=120)
-
-
-def draw_flag():
-    """The success rate while learning and after it, with the defaults: study/flag.png."""
-    figure = Figure(figsize=(8, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 1])
-    for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
-        curves = values("flag", "", algorithm, "curve_success_rate")
-        frames = 6000 * np.arange(1, curves.shape[1] + 1)
-        color = COLOR[algorithm]
-        left.plot(frames, curves.T, line, color=color, linewidth=0.6, alpha=0.5)
-        label = f"{algorithm}, mean of {len(curves)} runs"
-        left.plot(frames, curves.mean(axis=0), line, color=color, linewidth=2.5, label=label)
-        place = 0 if algorithm == "MAPPO" else 1
-        draw_marks(right, place, values("flag", "", algorithm, "success_rate"), algorithm)
-    left.set(title="while learning: actions are drawn", xlabel="frames")
-    left.set(ylabel="success rate", ylim=(-0.03, 1.03))
-    left.legend(loc="upper left")
-    left.grid(axis="y", alpha=0.3)
-    right.set(title="after it: deterministic", xlim=(-0.5, 1.5))
-    right.set_xticks([0, 1], ["MAPPO", "IPPO"])
-    right.grid(axis="y", alpha=0.3)
-    figure.savefig(STUDY / "flag.png", dpi=120)
-
-
-def draw_over_time(name, options, columns):
-    """Runs that were evaluated on their way, over their iterations, as study/NAME.png.
-
-    `columns` says which two columns of an evaluation it shows: {column: (what it is, its limits)}.
-    """
-    figure = Figure(figsize=(8, 3.6), layout="constrained")
-    both = figure.subplots(1, 2)
-    iterations = STOPPED_AFTER[options]
-    for axes, (column, (ylabel, ylim)) in zip(both, columns.items(), strict=True):
-        for algorithm, line in (("MAPPO", "-"), ("IPPO", "--")):
-            runs = values(name, options, algorithm, f"stops_{column}")
-            color, marker = COLOR[algorithm], MARKER[algorithm]
-            axes.plot(iterations, runs.T, line, color=color, linewidth=0.6, alpha=0.5)
-            label = f"{algorithm}, mean of {len(runs)} runs"
-            style = {"color": color, "linewidth": 2.5, "marker": marker, "label": label}
-            axes.plot(iterations, runs.mean(axis=0), line, **style)
-        axes.set(xlabel="iterations", ylabel=ylabel, ylim=ylim)
-        axes.grid(axis="y", alpha=0.3)
-    both[0].legend(loc="center right")
-    figure.savefig(STUDY / f"{name}.png", dpi=120)
-
-
-def draw_variants(name, variants, columns):
-    """Variants of a run, a mark for each run, as study/NAME.png.
-
-    `variants` are pairs of a label and evaluations; `columns` as in `draw_over_time`.
-    """
-    figure = Figure(figsize=(8, 0.9 + 0.5 * len(variants)), layout="constrained")
-    both = figure.subplots(1, 2, sharey=True)
-    for axes, (column, (xlabel, xlim)) in zip(both, columns.items(), strict=True):
-        for place, (label, found) in enumerate(variants):
-            algorithm = "IPPO" if label.startswith("IPPO") else "MAPPO"
-            runs = found[column]
-            where = place + np.linspace(-0.2, 0.2, len(runs))
-            axes.plot(runs, where, **mark_of(algorithm))
-            axes.vlines(runs.mean(), place - 0.3, place + 0.3, color="black", linewidth=2)
-        axes.set(xlabel=xlabel, xlim=xlim)
+def draw_runs(data):
+    """Draw success rate and steps: a mark for each run, and a line for their mean."""
+    lines = data.groupby(["label", "algorithm"], sort=False)
+    figure = Figure(figsize=(8, 1 + 0.3 * len(lines)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, column in zip(panels, ("success_rate", "episode_length"), strict=True):
+        for place, ((_, algorithm), runs) in enumerate(lines):
+            where = place + np.linspace(-0.25, 0.25, len(runs))
+            axes.plot(runs[column], where, **STYLE[algorithm] | {"linestyle": "none"}, markersize=4)
+            axes.vlines(runs[column].mean(), place - 0.35, place + 0.35, color="black", linewidth=2)
         axes.grid(axis="x", alpha=0.3)
-    labels = [textwrap.fill(label, 34) for label, _ in variants]
-    both[0].set_yticks(range(len(variants)), labels)
-    both[0].set_ylim(len(variants) - 0.5, -0.5)  # the first on top
-    figure.savefig(STUDY / f"{name}.png", dpi=120)
+    labels = [
+        label if algorithm in label else f"{label}, {algorithm}"
+        for label, algorithm in lines.groups
+    ]
+    panels[0].set_yticks(range(len(lines)), labels)
+    panels[0].set(ylim=(len(lines) - 0.5, -0.5), xlabel="success rate", xlim=(-0.03, 1.03))
+    panels[1].set_xlabel("steps, 100 for a failed episode")
+    return figure
 
 
-def draw_figures():
-    """All figures of study/README.md, from the rows."""
-    draw_flag()
-    draw_comparison("payment", "what each of 8 robots is paid for")
-    draw_comparison("epochs", "passes over each batch")
-    draw_comparison("recipes", "recipe")
-    draw_comparison("teams", "size of the team, thorough recipe")
-    success = ("success rate, deterministic policy", (-0.03, 1.03))
-    reward = ("reward per agent, deterministic policy", (0, 3.4))
-    columns = {"success_rate": success, "episode_reward": reward}
-    draw_over_time("lasting", "--n-iters 50", columns)
-    columns = {
-        "success_rate": success,
-        "episode_length": ("steps (a failed episode counts as 200)", (40, 125)),
-    }
-    draw_over_time("transport", TRANSPORT, columns)
-    columns = {
-        "success_rate": ("success rate", (-0.03, 1.05)),
-        "episode_length": (STEPS, (50, 102)),
-    }
-    draw_variants("told", told_with_eight(), columns)
-    draw_variants("sharing", shared_or_not(), columns)
+def draw_over_time(data, columns):
+    """Draw measurements over iterations: a thin line for each run, a thick one for their mean.
+
+    `columns` are {measurement: (title, limits)}.
+    """
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(columns))
+    for axes, (column, (title, limits)) in zip(panels, columns.items(), strict=True):
+        for algorithm, runs in data[column].dropna().groupby("algorithm", sort=False):
+            runs = runs.droplevel(["label", "algorithm"]).unstack("seed")
+            color, style = STYLE[algorithm]["color"], STYLE[algorithm] | {"markersize": 5}
+            axes.plot(runs, color=color, linewidth=0.6, alpha=0.5)
+            label = f"{algorithm}, mean of {runs.shape[1]} runs"
+            axes.plot(runs.mean(axis=1), **style, linewidth=2.5, label=label)
+        axes.set(xlabel="iterations", title=title, ylim=limits)
+        axes.grid(axis="y", alpha=0.3)
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+rate = (-0.03, 1.03)
+tested = {"success_rate": ("success rate in test episodes", rate)}
+FIGURES = {
+    "twenty": (
+        {"": LONG._replace(stops=tuple(range(1, 21)))},
+        partial(
+            draw_over_time,
+            columns={"curve_success_rate": ("success rate in training", rate), **tested},
+        ),
+    ),
+    "long": (
+        TABLES["long"][0],
+        partial(
+            draw_over_time,
+            columns={**tested, "episode_reward": ("reward per agent in test episodes", (0, 3.4))},
+        ),
+    ),
+    "transport": (
+        TABLES["transport"][0],
+        partial(
+            draw_over_time,
+            columns={**tested, "episode_length": ("steps, 200 for a failed episode", (40, 125))},
+        ),
+    ),
+    **{
+        name: (TABLES[name][0], draw_runs)
+        for name in ("rewards", "distance", "sharing", "recipes", "teams")
+    },
+}
+
+
+def report():
+    """Update the tables of README.md and the figures; name the runs that have no row."""
+    rows = read_rows()
+    table = tidy(rows)
+    write_whole(README, with_tables(README.read_text("utf-8"), table))
+    for name, (groups, draw) in FIGURES.items():
+        data = gather(table, groups)
+        if len(data):
+            draw(data).savefig(STUDY / f"{name}.png", dpi=120)
+    for runs in PLAN:
+        missing, wanted = lacking(runs, rows), len(runs.algorithms) * len(runs.seeds)
+        if missing:
+            what = " # ".join(filter(None, [runs.options, runs.variant])) or "the defaults"
+            print(f"{runs.experiment}: {len(missing)} of {wanted} runs are missing ({what})")
 
 
 if __name__ == "__main__":
+    names = list(dict.fromkeys(runs.experiment for runs in PLAN))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=["run", "report", "coverage"])
-    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(EXPERIMENTS)}")
+    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("experiments", nargs="*", help=f"of {', '.join(names)}")
     arguments = parser.parse_args()
-    unknown = set(arguments.experiments) - set(EXPERIMENTS)
+    unknown = ", ".join(set(arguments.experiments) - set(names))
     if unknown:
-        parser.error(f"no experiment {', '.join(unknown)}; there are {', '.join(EXPERIMENTS)}")
+        parser.error(f"there is no experiment {unknown}, only {', '.join(names)}")
     if arguments.command == "run":
-        sys.exit(1 if run_missing(arguments.experiments or list(EXPERIMENTS)) else 0)
-    if arguments.command == "report":
-        README.write_text(with_tables(README.read_text("utf-8")), encoding="utf-8")
-        draw_figures()
-    if arguments.command == "coverage":
-        print_coverage()
+        sys.exit(1 if run_lacking(arguments.experiments or names) else 0)
+    report()

@@ -13,6 +13,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
@@ -68,7 +69,9 @@ def run_inside(*words, path=SCRIPT):
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
         patch.setattr(sys, "argv", [str(path), *map(str, words)])
         patch.setattr(sys, "excepthook", sys.excepthook)
-        return runpy.run_path(str(path), run_name="__main__")
+        names = runpy.run_path(str(path), run_name="__main__")
+    plt.close("all")
+    return names
 
 
 class State(dict):
@@ -108,6 +111,16 @@ def assert_same(folder, other):
 def contents(folder):
     """Return each file below a folder and what is in it."""
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="session")
+def lean(tmp_path_factory):
+    """Return a copy of the script without the probe of Section 4, which takes seconds each time."""
+    path = tmp_path_factory.mktemp("lean") / "train_mappo.py"
+    text = SCRIPT.read_text(encoding="utf-8")
+    cell = re.search(r"\n# %%\ndef explained_variance_of.*?(?=\n# %%)", text, re.DOTALL)[0]
+    path.write_text(text.replace(cell, ""), encoding="utf-8")
+    return path
 
 
 @pytest.fixture(scope="session")
