@@ -54,13 +54,13 @@ def short(finished, tmp_path):
     return shutil.copytree(finished[3], tmp_path / "short")
 
 
-def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(finished, lean, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp_path):
     """The same command, given again after each kill, ends with the same numbers to the bit.
 
     A new run renames hyperparameters.json, metrics.csv and its first checkpoint, a resumed one the
     tables. Each iteration then renames a checkpoint, one that is removed, and the tables.
     """
-    words = options(n_iters=5, run_folder=tmp_path / "run")
+    words = options(n_iters=8, run_folder=tmp_path / "run")
     kills = [
         ["before", 1],
         ["after", 1],
@@ -69,14 +69,22 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(finished,
         ["before", 3],
         ["after", 3],
     ]
-    kills += [["update", 5], ["archive", 30], ["before", 4], ["after", 4], ["before", 5]]
-    kills += [["after", 3], ["before", 4], ["after", 5], ["after", 6], ["update", 20]]
+    kills += [
+        ["update", 5],
+        ["update", 2],
+        ["archive", 30],
+        ["before", 4],
+        ["after", 4],
+        ["before", 5],
+    ]
+    kills += [["after", 3], ["before", 4], ["after", 5], ["after", 6]]
     statuses, _ = stop_at(kills, lean, *words)
     assert statuses == [-signal.SIGKILL] * len(kills)
-    assert len(load(tmp_path / "run")["history"]) in range(1, 5)
+    assert len(load(tmp_path / "run")["history"]) in range(1, 8)
     out, _ = finish(start(*words, program=[lean]))
-    assert "of 5 iterations are done" in out
-    assert_same(tmp_path / "run", finished[5])
+    assert "of 8 iterations are done" in out
+    run_inside(*options(n_iters=8, run_folder=tmp_path / "undisturbed"), path=lean)
+    assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
 def test_ctrl_c_says_how_to_resume_and_the_process_dies_of_the_signal(finished, lean, tmp_path):
