@@ -60,7 +60,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp
     A new run renames hyperparameters.json, metrics.csv and its first checkpoint, a resumed one the
     tables. Each iteration then renames a checkpoint, one that is removed, and the tables.
     """
-    words = options(n_iters=8, run_folder=tmp_path / "run")
+    words = options(n_iters=12, run_folder=tmp_path / "run")
     kills = [
         ["before", 1],
         ["after", 1],
@@ -80,10 +80,10 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp
     kills += [["after", 3], ["before", 4], ["after", 5], ["after", 6]]
     statuses, _ = stop_at(kills, lean, *words)
     assert statuses == [-signal.SIGKILL] * len(kills)
-    assert len(load(tmp_path / "run")["history"]) in range(1, 8)
+    assert len(load(tmp_path / "run")["history"]) in range(1, 12)
     out, _ = finish(start(*words, program=[lean]))
-    assert "of 8 iterations are done" in out
-    run_inside(*options(n_iters=8, run_folder=tmp_path / "undisturbed"), path=lean)
+    assert "of 12 iterations are done" in out
+    run_inside(*options(n_iters=12, run_folder=tmp_path / "undisturbed"), path=lean)
     assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
