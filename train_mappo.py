@@ -931,7 +931,7 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 # %% [markdown]
 # ### Open the box
 # The same as a loop over time, from the last step back. An untrained policy hardly ever succeeds,
-# so we pretend that environment 0 did so halfway.
+# so we pretend that the first environment did so halfway, and that the last one ran out of time.
 
 
 # %%
@@ -953,8 +953,9 @@ def gae_by_hand(data):
 
 
 box_batch = first_batch.clone()
-for flag in ("terminated", "done"):
-    box_batch["next", flag][0, max_steps // 2] = True
+box_batch["next", "terminated"][0, max_steps // 2] = True
+box_batch["next", "truncated"][-1, max_steps // 3] = True
+box_batch["next", "done"] = box_batch["next", "terminated"] | box_batch["next", "truncated"]
 estimate_advantages(box_batch)  # adds "advantage" and "value_target"
 advantage, target = gae_by_hand(box_batch)
 torch.testing.assert_close(box_batch["advantage"], advantage, rtol=1e-4, atol=1e-5)

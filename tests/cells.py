@@ -25,7 +25,7 @@ def read_cells(path=SCRIPT):
             for line in re.findall(r"^##+ .*", cell.source, re.MULTILINE):
                 heading = line.lstrip("# ")
                 if line.startswith("## "):
-                    part = "engineering" if "skip" in line else heading.partition(" ")[0]
+                    part = "engineering" if "skip" in line else heading.partition(".")[0]
         else:
             found.append(Cell(part, heading, cell.source))
     return found
