@@ -691,8 +691,7 @@ untrained_policy = ProbabilisticActor(
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
-policy = copy.deepcopy(untrained_policy)  # this one learns; Section 9 compares the two
-means = policy(env.reset())["agents", "loc"]  # (num_vmas_envs, n_agents, n_actions)
+means = untrained_policy(env.reset())["agents", "loc"]  # (num_vmas_envs, n_agents, n_actions)
 print("mean actions of one environment, a row for each robot:")
 for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
@@ -858,6 +857,7 @@ for label, centralized, share_params in [
 # minibatches, so that an epoch visits every frame once.
 
 # %%
+policy = copy.deepcopy(untrained_policy)  # this one learns; Section 9 compares the two
 collector = Collector(
     env,
     policy,
