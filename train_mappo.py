@@ -1036,7 +1036,8 @@ def loss_by_hand(data):
     clipped_ratio = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
     advantage = data["advantage"]
     if normalize_advantage:
-        advantage = (advantage - advantage.mean(0)) / advantage.std(0)
+        std = advantage.std(0).clamp_min(1e-6)  # (n_agents, 1)
+        advantage = (advantage - advantage.mean(0)) / std
     objective = torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
     error = (critic_network(data["agents", "observation"]) - data["value_target"]).abs()
     value_loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()  # smooth L1

@@ -124,12 +124,14 @@ def lean(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def mappo(tmp_path_factory):
+def mappo(tmp_path_factory, lean):
     """Return the global names of the script after a short MAPPO run."""
-    return run_inside(*options(run_folder=tmp_path_factory.mktemp("mappo") / "run"))
+    words = options(run_folder=tmp_path_factory.mktemp("mappo") / "run")
+    return run_inside(*words, path=lean)
 
 
 @pytest.fixture(scope="session")
-def ippo(tmp_path_factory):
+def ippo(tmp_path_factory, lean):
     """Return the global names of the script after a short IPPO run."""
-    return run_inside(*options(run_folder=tmp_path_factory.mktemp("ippo") / "run"), "--no-mappo")
+    words = options(run_folder=tmp_path_factory.mktemp("ippo") / "run")
+    return run_inside(*words, "--no-mappo", path=lean)

@@ -20,7 +20,7 @@ CHANGES = {
     "terminated for done": ("(1 - done[:, step])", "(1 - terminated[:, step])", "gae_by_hand"),
     "target": ("advantage + value\n", "advantage + next_value\n", "gae_by_hand"),
     "no min": ("torch.minimum(ratio", "torch.maximum(ratio", "loss_by_hand"),
-    "wrong axis": ("advantage.mean(0)) /", "advantage.mean()) /", "loss_by_hand"),
+    "wrong axis": ("std = advantage.std(0)", "std = advantage.std()", "loss_by_hand"),
     "no log": ("log_ratio.exp()", "(1 + log_ratio)", "loss_by_hand"),
     "last tanh": ("if layer < depth:", "if layer <= depth:", "critic_by_hand"),
 }

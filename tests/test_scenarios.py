@@ -4,7 +4,6 @@ import io
 import json
 import re
 import runpy
-import signal
 import sys
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -15,7 +14,7 @@ import matplotlib.pyplot as plt
 import pytest
 from torchrl.envs import VmasEnv
 
-from conftest import BAR, SCRIPT, options
+from conftest import BAR, options
 
 # Teams that play against each other, or agents that observe or steer differently from their team
 # mates.
@@ -31,22 +30,21 @@ UNLIKE = {
 }
 
 
-def run_by_name(scenario, folder):
+def run_by_name(scenario, folder, script):
     """Run the script in this process; return its exit status, stderr, files and evaluation."""
     tiny = {"max_steps": 5, "frames_per_batch": 20, "minibatch_size": 10, "n_iters": 1}
     run = folder / scenario
     words = options(**tiny, evaluation_episodes=2, scenario_name=scenario, run_folder=run)
-    sys.argv = [str(SCRIPT), *words]
+    sys.argv = [str(script), *words]
     status, err = 0, io.StringIO()
     with redirect_stdout(io.StringIO()), redirect_stderr(err), warnings.catch_warnings():
         try:
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+            runpy.run_path(str(script), run_name="__main__")
         except SystemExit as ending:
             status = ending.code
         except Exception as error:
             status = repr(error)
         finally:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
             plt.close("all")  # many runs in one process: matplotlib warns of figures that are left
     files = {path.name for path in run.glob("*")}
     found = run / "evaluation.json"
@@ -54,17 +52,19 @@ def run_by_name(scenario, folder):
 
 
 @pytest.fixture(scope="module")
-def outcome(tmp_path_factory):
-    """What `run_by_name` returned for each scenario; two processes share them out."""
+def outcome(tmp_path_factory, lean):
+    """Return what `run_by_name` returned for each scenario; two processes share them out."""
     scenarios = list(VmasEnv.available_envs)
     folder = tmp_path_factory.mktemp("scenarios")
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        found = list(pool.map(run_by_name, scenarios, [folder] * len(scenarios)))
+        found = list(
+            pool.map(run_by_name, scenarios, [folder] * len(scenarios), [lean] * len(scenarios))
+        )
     return dict(zip(scenarios, found, strict=True))
 
 
 @pytest.mark.parametrize("scenario", sorted({*VmasEnv.available_envs} - UNLIKE))
-def test_one_team_of_alike_agents_is_trained(outcome, scenario):
+def test_one_team_of_similar_agents_is_trained(outcome, scenario):
     """The name is all that is needed, whatever VMAS calls the team (in football "agent_blue").
 
     Ends before the time limit are called successes in navigation only.
@@ -72,8 +72,8 @@ def test_one_team_of_alike_agents_is_trained(outcome, scenario):
     status, err, files, evaluation = outcome[scenario]
     assert status == 0, err
     assert {"metrics.csv", "policy.pt", "learning_curves.png"} <= files
-    share = "success_rate" if scenario == "navigation" else "terminated_rate"
-    assert share in evaluation["trained"]
+    success = "success_rate" if scenario == "navigation" else "terminated_rate"
+    assert success in evaluation["trained"]
     own = r"^.*/vmas/.*Warning: .*\n.*\n"  # VMAS's own warnings of what it does itself
     ours = re.sub(own, "", err.replace("\r", "\n"), flags=re.MULTILINE)
     assert [line for line in ours.splitlines() if line.strip() and not BAR.match(line)] == []
