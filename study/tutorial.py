@@ -120,7 +120,7 @@ def report():
     means, lowest, runs = groups.mean(), groups.min(), groups.size()
     lines = ["| after | " + " | ".join(f"{number}" for number in SHOWN) + " |"]
     lines.append("|---" * (len(SHOWN) + 1) + "|")
-    for algorithm in ("MAPPO", "IPPO"):
+    for algorithm in runs.index:
         cells = [
             f"{means.loc[algorithm, n]:.2f} (lowest {lowest.loc[algorithm, n]:.2f})" for n in SHOWN
         ]

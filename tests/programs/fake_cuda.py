@@ -33,6 +33,7 @@ torch.nn.Linear.reset_parameters = lambda self: None
 torch.nn.init.orthogonal_ = lambda matrix, gain: matrix
 torch.distributions.normal._standard_normal = zeros
 torch.normal = lambda mean, std: torch.zeros_like(mean)
+FakeTensor.__bool__ = lambda self: True  # the loss asks whether critic_coeff is above 0
 
 script = {"__name__": "fake"}
 for source in before:
@@ -49,10 +50,7 @@ with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         tree.body = [
             node for node in tree.body if not any(word in ast.unparse(node) for word in shown)
         ]
-        # When it is built, the loss asks whether critic_coeff is above 0.
-        FakeTensor.__bool__ = lambda self: True
         exec(compile(tree, "cell", "exec"), script)
-        del FakeTensor.__bool__
     observation = torch.zeros(60, 3, 18, device="cuda:0")
     ones = {name: torch.ones(60, 3, 1, device="cuda:0") for name in ("advantage", "value_target")}
     frames = TensorDict({"agents": {"observation": observation}, **ones}, [60], device="cuda:0")
