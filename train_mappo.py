@@ -282,8 +282,9 @@ def check_hyperparameters():
     require(device in devices, "device", f"{' or '.join(devices)}: GPUs here: {gpus}")
     loggers = ["", "tensorboard", "wandb", "mlflow", "trackio", "csv"]
     require(logger in loggers, "logger", f"one of {loggers}")
-    installed = logger in ("", "csv") or importlib.util.find_spec(logger) is not None
-    require(installed, "logger", f"a package that is installed; try: pip install {logger}")
+    packages = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"]}.get(logger, [logger])
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    require(not missing, "logger", "one that is installed: pip install " + " ".join(missing))
 
     own = isinstance(scenario_name, type)
     known = own or scenario_name in VmasEnv.available_envs
@@ -475,8 +476,10 @@ def start_or_resume():
         write_tables()
         if not checkpoints.latest():
             checkpoints.save(checkpoint, step=0)
+        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # TorchRL lets it log to files
         where = {"logger_name": str(folder / "log"), "experiment_name": folder.name}
-        log = get_logger(logger, **where, wandb_kwargs={"id": folder.name, "resume": "allow"})
+        where["wandb_kwargs"] = {"id": folder.name, "resume": "allow"}
+        log = get_logger(logger, **where, trackio_kwargs={"resume": "allow"})
         if log is not None:
             log.log_hparams({name: str(as_json(name)) for name in hyperparameters})
     leave_after_the_last_iteration()
