@@ -49,15 +49,15 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports
 # %% [markdown]
 # # Multi-agent PPO, step by step
 #
-# You know PPO for one agent. Here you train a team. Three robots start at random places, each has
-# its own goal, and most of the reward is shared. After ten iterations, a minute or two on two CPU
-# cores, you get this:
+# You know PPO for one agent. Here you train a team. Three robots start at random places, each of
+# them has its own goal, and most of the reward is shared. After a minute or two of training on two
+# CPU cores, you get this:
 #
 # | 200 test episodes | untrained | trained with MAPPO |
 # |---|---|---|
-# | success rate, all robots at their goals | 0.00 | 0.96 |
-# | steps until then, out of 100 | 100 | 61 |
-# | reward per robot | -0.01 | 3.08 |
+# | success rate | 0.00 | 0.94 |
+# | steps per episode, at most 100 | 100 | 63 |
+# | reward per robot and episode | -0.01 | 3.15 |
 #
 # PPO (Schulman et al. 2017, arXiv:1707.06347) is *on-policy*. It collects a batch of experience
 # with the current policy, improves the policy on that batch for a few epochs, and throws the batch
@@ -65,8 +65,9 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports
 # likely.
 #
 # With several agents, one thing changes. The other agents are part of each agent's environment, and
-# they learn too. A move that worked yesterday may fail today. To a single agent the world is
+# they learn too, so a move that worked yesterday may fail today. To a single agent the world is
 # *non-stationary*. On-policy data limit the damage, because no batch is older than one iteration.
+# Experience from a large replay buffer would tell of teammates that no longer exist.
 #
 # Two algorithms are popular, and they differ in what the critic sees:
 #
@@ -85,10 +86,11 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports
 # - **IPPO**, independent PPO (de Witt et al. 2020, arXiv:2011.09533), has a *local* critic.
 # - **MAPPO**, multi-agent PPO (Yu et al. 2022, arXiv:2103.01955), has a *centralized* critic.
 #
-# The critic may see more than the policy, since nobody needs it once training is over. This is
-# called *centralized training, decentralized execution*, or CTDE.
+# The critic may see more than the policy, because it is not used once training is over. This is
+# called *centralized training with decentralized execution*, or CTDE.
 #
-# Some notation. Indices count agents, and most sizes are those of the default run:
+# These symbols and words are used throughout. The index i counts agents, and the sizes are those of
+# the default run.
 #
 # | symbol | meaning | key in the data | size for each agent |
 # |---|---|---|---|
@@ -108,7 +110,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports
 # | bootstrapping | using the critic's value in place of rewards that were not collected |
 #
 # ## 1. Hyperparameters
-# These are the defaults. Change them here, or give `--n-iters 20` and the like on the command line.
+# Change the defaults here, or on the command line with options such as `--n-iters 20`.
 
 # %%
 mappo = True  # True: centralized critic (MAPPO); False: local critic (IPPO)
@@ -156,11 +158,10 @@ after_iteration = []  # functions that it calls after each iteration, with the n
 # %% [markdown]
 # ---
 # ## Engineering (skip this cell and go on with Section 2)
-# The next cell has no method in it, and the lesson runs without it. It turns Section 1 into
-# command-line options, rejects values that cannot work, saves checkpoints and resumes from them,
-# and shares the work under `torchrun`. It talks to the lesson through the names above it. `rank`
-# and `world_size` say which process this is, and the two lists hold functions that the training
-# loop calls.
+# You learn nothing about the method here, and the lesson runs without the next cell. It turns
+# Section 1 into command-line options, rejects values that cannot work, saves checkpoints and resumes
+# from them, logs, and distributes the work under `torchrun`. It shares with the lesson the names
+# above, `rank` and `world_size` and two lists of functions that the training loop calls.
 
 # %% jupyter={"source_hidden": true}
 import argparse
@@ -551,28 +552,32 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # %% [markdown]
 # ---
 # ## 2. Environment
-# In *navigation*, a robot observes 18 numbers. They are its position and velocity, the vector
-# between its position and its goal, and twelve lidar readings of how close the other robots are.
-# Its action is a force. The reward has three parts:
+# The simulator is VMAS (Bettini et al. 2022, arXiv:2207.03530), and the task is its scenario
+# *navigation*. A robot observes its position and velocity, the vector between its position and its
+# goal, and twelve lidar readings that show how close the other robots are. Its action is a force.
+# The reward of a step has three parts:
 #
-# - progress, shared by the team. It is the distance by which all robots together came closer to
-#   their goals in this step.
-# - a penalty of -1 for each robot that you touch, for you alone.
-# - a bonus of 0.01 while all robots are within 0.05 of their goals. It is hardly ever paid, because
-#   the episode ends when all are within 0.10.
+# | part | paid to | amount |
+# |---|---|---|
+# | progress | the whole team | the distance by which all robots together came closer to their goals |
+# | contact | each robot that touches another | -1 for every robot it touches |
+# | arrival | the whole team | 0.01 if all robots are within 0.05 of their goals |
+#
+# The episode ends as soon as all robots are within 0.10 of their goals, so the last part is hardly
+# ever paid.
 #
 # VMAS simulates `num_vmas_envs` copies of this task as one batch of tensors on `device`. If that is
 # a GPU, the data never leaves it.
 #
 # TorchRL components communicate through a TensorDict, a dictionary of tensors that share their
-# first dimensions. You index and reshape all of them at once. Dictionaries can be nested, and a
-# tuple such as `("next", "done")` is a path. What belongs to each agent is stored under `"agents"`.
-# What a step returns is stored under `"next"`.
+# first dimensions, so that you can index and reshape all of them at once. It can be nested, and a
+# tuple such as `("next", "done")` is a path in it. Whatever belongs to each agent is stored under
+# `"agents"`, and whatever a step returns is stored under `"next"`.
 #
-# Does a time limit end an episode as a success does? No. After a *termination* nothing more can
-# be earned, so the value of what follows is 0. A *truncated* episode could have gone on, so the
-# critic's estimate of the rest still counts. VMAS reports both as terminated. The transform
-# `StepCounter` applies the time limit instead, and keeps the two apart.
+# Running out of time does not end an episode in the way that a success does. After a *termination*
+# nothing more can be earned, so the value of what follows is 0. A *truncated* episode could have
+# continued, so the critic's estimate of the rest still counts. VMAS would report both as
+# terminated. Here the transform `StepCounter` applies the time limit and keeps the two apart.
 
 
 # %%
@@ -626,8 +631,8 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 #
 # ---
 # ## 3. Policy
-# The policy is *decentralized*. Each robot acts on its own observation, so you can send it out
-# without a radio. Build it in three steps:
+# The policy is *decentralized*. Each robot acts on its own observation alone, so it needs no
+# communication at execution time. You build the policy in three steps:
 #
 # 1. `MultiAgentMLP` applies a network to every agent and keeps the agent dimension.
 # 2. `NormalParamExtractor` turns its outputs into a mean `loc` and a positive standard deviation
@@ -635,12 +640,13 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 # 3. `ProbabilisticActor` samples from a normal distribution, squashes the sample into the bounds of
 #    the action with a tanh, and stores its log-probability, which PPO needs later.
 #
-# *Parameter sharing.* With `share_parameters_policy` all agents use the same weights. The network
-# then learns from everybody's experience. Sharing has a cost. Agents with identical observations
-# act alike, so a task that needs specialists needs agent IDs or separate networks.
+# *Parameter sharing.* With `share_parameters_policy` all agents use the same weights, and the
+# network learns from everybody's experience. Sharing has a cost. Agents with identical observations
+# behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
 # *Initialization.* Orthogonal weights keep the scale of signals from layer to layer. The last layer
-# of the policy starts out small, so that at first all actions are centered and widely spread.
+# of the policy starts out small, so that at first all actions are centered and widely spread,
+# whatever a robot observes.
 # Andrychowicz et al. (2021, arXiv:2006.05990) found this to be among the choices that matter most.
 
 
@@ -707,7 +713,7 @@ for row in means[0].tolist():
 #   -0.0039    0.0013
 # ```
 #
-# All means are close to 0, whatever a robot observes. That is the small last layer.
+# All means are close to 0. That is the effect of the small last layer.
 #
 # *Question 3. How many weights and biases does the policy have? How many without sharing?*
 #
@@ -753,15 +759,16 @@ print("values of one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 # values of one environment: -0.0983 -0.0102 -0.0248
 # ```
 #
-# MAPPO gives the team one value. IPPO gives each robot its own.
+# MAPPO has one value for the team, and IPPO has one for each robot.
 #
-# IPPO is called *independent* although its agents may share a network. The word refers to
-# information. No agent's value or action depends on what another agent observes.
+# Why is IPPO called *independent* if its agents share a network? The word refers to information. No
+# agent's value or action depends on what another agent observes. Sharing weights is a separate
+# choice.
 #
 # ### Open the box
-# What does the argument do? Here is the forward pass by hand. The last line compares it with the
-# library, so you can trust what you read. You may skip every cell called "open the box", because no
-# other cell uses its results.
+# What does the argument do? Here is the critic's forward pass by hand, and the last line compares it
+# with the library's. You can skip every cell under the heading "Open the box", because no other cell
+# uses its results.
 
 
 # %%
@@ -789,8 +796,8 @@ with torch.no_grad():
 # Before you train for minutes, train for seconds. Give every agent one random number. The critic
 # has to predict either the sum of all numbers, which stands for a shared reward, or the agent's own
 # number, which stands for an individual reward. The *explained variance* is 1 if it predicts the
-# target perfectly, and 0 if it does no better than a constant. Which of the four combinations will
-# fail?
+# target perfectly, and 0 if it does no better than a constant. Before you run the cell, guess which
+# combinations fail.
 
 
 # %%
@@ -834,17 +841,18 @@ for label, centralized, share_params in [
 # centralized, one for each agent     1.00         1.00
 # ```
 #
-# A local critic cannot know the others, so it explains a third of the sum. A single shared value
-# cannot tell the agents apart, so it explains a third of their own numbers. A centralized critic
-# for each agent can do both, and has three times as many weights to learn. This probe shows what a
-# critic *can* know. What a wrong value does to the policy is another matter, and Section 10 looks
-# at it.
+# A local critic knows nothing about the other agents, so it explains only a third of the sum. A
+# shared value cannot tell the agents apart, so it explains only a third of their own numbers. A
+# separate centralized critic for each agent does both, but has three times as many weights to learn.
+#
+# This probe shows what a critic *can* know. What a wrong value does to the policy is another
+# question, and Section 10 answers it.
 #
 # What a centralized critic does not do:
 #
-# - It does not make the world stationary. The other agents still change.
-# - It does not assign credit. It sees no actions, so it says how well the team stands and not who
-#   is responsible. COMA (Foerster et al. 2018, arXiv:1705.08926) does that.
+# - It does not make the world stationary. The other agents' policies still change.
+# - It does not assign credit. It sees no actions, so it says how well the team is doing and not who
+#   is responsible for it. COMA (Foerster et al. 2018, arXiv:1705.08926) does that.
 # - It does not always help. Its input grows with the team. With bootstrapped values it can also
 #   make gradients noisier (Lyu et al. 2021, arXiv:2102.04402).
 #
@@ -852,12 +860,12 @@ for label, centralized, share_params in [
 #
 # ---
 # ## 5. Collecting data
-# `Collector` steps the environment with the policy and returns batches of `frames_per_batch`
-# frames, each from a fresh reset. It holds the very policy object that you optimize, so it always
-# acts with the newest weights.
+# `Collector`, which used to be called `SyncDataCollector`, steps the environment with the policy and
+# returns batches of `frames_per_batch` frames. Each batch starts from a reset. The collector holds
+# the same policy object that you optimize, so it always acts with the newest weights.
 #
-# The replay buffer holds one batch. Sampling *without replacement*, it deals the batch out in
-# minibatches, so that an epoch visits every frame once.
+# The replay buffer holds a single batch and splits it into minibatches. It samples *without
+# replacement*, so that every frame is used exactly once per epoch.
 
 # %%
 policy = copy.deepcopy(untrained_policy)  # this one learns; Section 9 compares the two
@@ -891,11 +899,10 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #   -0.0041   -0.0041   -0.0041
 # ```
 #
-# The three columns are equal, because progress is shared. They would differ in a step in which
+# The three columns are equal, because progress is shared. They would differ in a step in which two
 # robots touch.
 #
-# One row of a batch belongs to one environment, and holds 100 steps. Later in training it may look
-# like this:
+# Each row of a batch belongs to one environment. Later in training, a row may look like this:
 #
 # ```
 #     step   0                          46 47                                          99
@@ -903,9 +910,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #                              terminated                                       cut off
 # ```
 #
-# The first episode ends in a success after 47 steps. The environment is reset, and the second
-# episode is cut off by the end of the batch. It is treated like one that ran out of time. The next
-# batch starts from a new reset.
+# The first episode ends with a success, and the environment is reset. The second episode is cut off
+# by the end of the batch, and is treated like one that ran out of time.
 #
 # ---
 # ## 6. Advantages
@@ -916,16 +922,15 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
 #     target     = A_i(t) + V_i(t)
 #
-# The value V_i' comes from the stored next observation. The next row of the batch may already
+# V_i' is computed from the stored next observation, because the next step of the batch may already
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
-# Note that the critic has two roles. V_i is the *baseline*. Its errors are the same for all actions
+# Note that the critic plays two roles. V_i is the *baseline*. Its errors are the same for all actions
 # and average out. V_i' is the *bootstrap target*. It depends on where the action led, so its errors
-# are credited to the action and do not average out. Remember this second role for Section 10.
-# With lmbda = 1 the first role is nearly all that is left, and advantages are noisy. With lmbda = 0
-# only one reward counts, and the second role dominates.
+# are credited to the action and do not average out. Remember this second role for Section 10. With
+# lmbda close to 1 it hardly matters, but advantages are noisy. With lmbda close to 0 it dominates.
 #
-# `MultiAgentGAE` broadcasts the team's flags to every agent.
+# `MultiAgentGAE` computes this for all agents, and broadcasts the team's flags to them.
 
 # %%
 estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
@@ -933,8 +938,9 @@ estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "stat
 
 # %% [markdown]
 # ### Open the box
-# The same as a loop over time, from the last step back. An untrained policy hardly ever succeeds,
-# so we pretend that the first environment did so halfway, and that the last one ran out of time.
+# This is the same computation as a loop over time, from the last step back. An untrained policy
+# hardly ever succeeds, so we pretend that the first environment did so halfway, and that the last
+# one ran out of time.
 
 
 # %%
@@ -976,9 +982,10 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # advantages of the first frame: 0.0542 0.0521 0.0522
 # ```
 #
-# Under MAPPO all robots have one value and nearly one reward, hence nearly the same advantage. How
-# does a robot learn what *it* did right? Over many frames. Its own good actions raise that number,
-# while the actions of the others move it up or down regardless and average out.
+# Under MAPPO all robots have the same value and nearly the same reward, and hence nearly the same
+# advantage. How does a robot learn what *it* did right? It needs many frames. Its own good actions
+# raise the shared advantage, while the actions of the others raise or lower it regardless and average
+# out.
 #
 # *Question 5. With lmbda = 0, how many collected rewards enter one advantage?*
 #
@@ -989,10 +996,10 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #     ratio_i   = pi_theta(a_i | o_i) / pi_old(a_i | o_i)
 #     objective = mean of min(ratio_i A_i, clip(ratio_i, 1 - clip_epsilon, 1 + clip_epsilon) A_i)
 #
-# *Clipping.* If an action was good, there is nothing to gain from making it more than
-# 1 + clip_epsilon times as likely. If it was bad, there is nothing to gain below 1 - clip_epsilon.
-# The min keeps the gradient where the ratio has moved the wrong way. Clipping does not force ratios
-# to stay near 1. It only removes the reward for leaving.
+# *Clipping.* If an action was good, nothing is gained by making it more than 1 + clip_epsilon times
+# as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as likely.
+# The min keeps the gradient where the ratio has moved in the wrong direction. Clipping does not force
+# the ratios to stay near 1. It only removes the incentive to leave.
 #
 # *Several agents.* We clip each agent separately although all of them change at once. The joint
 # ratio of the team is the product of the agents' ratios, and it strays further the more agents
@@ -1024,10 +1031,11 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 
 # %% [markdown]
 # ### Open the box
-# The same by hand, on one minibatch. Before the first update every ratio is 1, and under MAPPO all
-# agents have the same advantage, so a mistake could hide. We shift the stored log-probabilities and
-# one agent's advantages by random numbers to bring it out. The entropy of a squashed normal
-# distribution has no formula, so both sides estimate it from one sample with the same seed.
+# Here is the loss by hand, on one minibatch. Before the first update every ratio is 1, and under
+# MAPPO all agents have the same advantage, so a mistake could go unnoticed. We shift the stored
+# log-probabilities and one agent's advantages by random numbers to reveal it. The entropy of a
+# squashed normal distribution has no closed form, so both sides estimate it from one sample, drawn
+# with the same seed.
 
 
 # %%
@@ -1093,9 +1101,9 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # 4. measure what happened
 # 5. throw the batch away
 #
-# Two cells prepare the loop. The first names the folder of the run and starts its history. The
-# second defines what is measured. Only the first episode of each environment counts, because a
-# later one has less time left in the batch, and slow successes would be missed.
+# Two cells prepare the loop. The first names the run's folder and starts its history. The second
+# defines what is measured. Only the first episode of each environment counts, because a later one
+# has less time left in the batch, so slow successes would be missed.
 
 # %%
 algorithm = "MAPPO" if mappo else "IPPO"
@@ -1197,8 +1205,8 @@ for iteration in progress:
 
 # %% [markdown]
 # ### Read the measurements
-# `metrics.csv` has a row for each iteration. Here are the first and the last row of default runs
-# with MAPPO, from the lowest to the highest of ten seeds.
+# `history`, and the file `metrics.csv`, have a row for each iteration. These are the first and the
+# last row of default runs with MAPPO, from the lowest to the highest of ten seeds.
 #
 # | measurement | meaning | first | last |
 # |---|---|---|---|
@@ -1232,7 +1240,7 @@ for iteration in progress:
 #
 # ---
 # ## 9. Evaluation and results
-# In training, actions are sampled. Here the policy acts deterministically, and the untrained and
+# During training, actions are sampled. Here the policy acts deterministically, and the untrained and
 # the trained policy play the same episodes.
 
 
@@ -1255,9 +1263,9 @@ for key, value in evaluation["trained"].items():
 #
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
-# The run's folder gets the trained policy, the evaluation and three pictures. `learning_curve.png`
-# shows this run. `learning_curves.png` shows all runs of this scenario in the same parent folder,
-# with this run as a thick line. `rollout.gif` is a video of one episode.
+# The trained policy, the evaluation and three pictures are saved in the run's folder.
+# `learning_curve.png` shows this run. `learning_curves.png` shows all runs of this scenario in the
+# same parent folder, with this run as a thick line. `rollout.gif` is a video of one episode.
 
 # %%
 folder.mkdir(parents=True, exist_ok=True)
@@ -1340,42 +1348,42 @@ else:
 # python train_mappo.py --no-mappo --n-iters 15
 # ```
 #
-# `learning_curves.png` of the second run shows both. One seed proves little, so here are ten. The
-# figure gets them, too, if you repeat the commands with `--seed 1` and so on.
+# The `learning_curves.png` of the second run shows both. One seed proves little. Repeat the commands
+# with `--seed 1` and so on to see the spread, or look at ours. These are the success rates of ten
+# seeds, and study/README.md has every run.
 #
+# | | 10 iterations | 15 | 20 | worst run after 10 | worst after 15 |
+# |---|---|---|---|---|---|
+# | MAPPO | 0.95 | 0.98 | 0.99 | 0.92 | 0.96 |
+# | IPPO | 0.87 | 0.05 | 0.00 | 0.70 | 0.01 |
 #
-# | | 10 iterations | 15 | 20 | lowest of ten runs, after 10 and 15 |
-# |---|---|---|---|---|
-# | MAPPO | 0.95 | 0.98 | 0.99 | 0.92 and 0.96 |
-# | IPPO | 0.87 | 0.05 | 0.00 | 0.70 and 0.01 |
-#
-# IPPO learns the task, and then it forgets it. Its training reward falls as well, so it has not
-# found anything better. Why does it happen?
+# IPPO learns the task and then forgets it. Its training reward falls as well, so it has not found
+# anything better. Why does this happen?
 #
 # ### Success looks like a loss
-# All robots drive home at the same time. To a local critic, a robot near its goal therefore means a
-# team near its goals, with little left to earn for *anybody*. So V_i drops when robot i alone moves
-# closer. The drop is right on average, but wrong as a judgment of this one action. The others have
-# not moved because this robot did.
+# All robots drive to their goals at the same time. A local critic sees one robot. When that robot is
+# near its goal, the others usually are as well, and there is little left to earn for *anybody*. So
+# V_i drops when robot i moves closer, even if only robot i has moved. The drop is right on average,
+# but wrong as a judgment of this one action, because the others are still where they were.
 #
-# Here is the picture. A robot that moves closer by one unit earns 1, and its critic lowers its
-# estimate of the rest:
+# Suppose a robot moves closer by one unit. It earns 1, and its critic lowers its estimate of the
+# rest by s, the *slope* of the value:
 #
 # ```
 #     slope s = 0.4     reward +1.0  |  value -0.4    a gain
 #     slope s = 1.5     reward +1.0  |  value -1.5    a loss: the policy learns to stay away
 # ```
 #
-# The *slope* s says how steeply V_i drops per unit of progress. How does it enter the advantage?
-# The drop lasts, so it appears in every delta from this step on:
+# How does the slope enter the advantage? In this step, only V_i' is lower by s. In every later step,
+# both V_i and V_i' are, so that delta contains s - gamma s. GAE adds these up:
 #
 #     this step         1 - gamma s
 #     k steps later     (1 - gamma) s, with weight (gamma lmbda)^k
 #     sum               1 - s [gamma - (1 - gamma) gamma lmbda / (1 - gamma lmbda)]  =  1 - 0.91 s
 #
 # Above a slope of 1.1, progress has a negative advantage. Now measure the slope of the critic that
-# you have trained. The next cell moves one robot a little closer to its goal in what the critic
-# sees. Everything else stays as it was, including the lidar readings.
+# you have trained. The next cell edits the critic's input so that one robot is a little closer to its
+# goal. Everything else stays as it was, including the lidar readings.
 
 
 # %%
@@ -1429,22 +1437,22 @@ if navigation:
 # | advantage of a unit of progress, IPPO | 0.20 | -0.40 |
 # | explained variance, IPPO | 0.83 | 0.95 |
 #
-# What would a *correct* critic say? In a toy model, with independent robots and a shared return,
-# its slope is 0.84. That is the discounted progress that this robot can no longer make. So MAPPO's
-# slope is too small and IPPO's grows too large. Only the second error turns progress into a loss.
+# What would a *correct* critic say? In a toy model with independent robots and a shared return, its
+# slope is about 0.8, the discounted progress that this robot can no longer make. So MAPPO's slope is
+# too small, and IPPO's grows too large. Only the second error turns progress into a loss.
 #
 # How does this fit the probe in Section 4? Look at the last row. IPPO's critic explains more and
 # more of its targets while the policy falls apart. A critic can be right about the average
-# situation and wrong about what *one* action changes. As a baseline that would hardly matter. As a
-# bootstrap target it does.
+# situation and wrong about what *one* action changes. As a baseline that would hardly matter, but as
+# a bootstrap target it does.
 #
-# Is the slope the cause? Two findings support it. IPPO stops succeeding when its slope passes 1.1,
-# on every seed. And it does not forget with individual rewards, with a shorter horizon, or when
-# arrivals are bootstrapped like time limits, which keeps the slope at 1.0. That is an argument and
-# no proof, and it rests on one task.
+# Is the slope the cause? Two findings support it. On every seed, IPPO's success rate in training
+# peaks within two iterations of the slope passing 1.1. And IPPO does not forget with individual
+# rewards, with a shorter horizon, or when arrivals are bootstrapped like time limits, which keeps the
+# slope at 1.0. This is an argument and not a proof, and it rests on one task.
 #
 # Is it this file's fault? TorchRL's own tutorial has other settings and stops after 5 iterations.
-# Run longer, it forgets as well. This is its mean training reward over ten seeds:
+# If you let it run longer, it forgets as well. This is its training reward, the mean of ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
@@ -1457,18 +1465,18 @@ if navigation:
 # |---|---|---|
 # | individual rewards | `--n-iters 15 --scenario-options '{"shared_rew": false}'` | IPPO lasts |
 # | a shorter horizon | `--n-iters 15 --gamma 0.9` | IPPO lasts |
-# | fewer epochs | `--n-iters 50 --num-epochs 10` | IPPO forgets, only later |
+# | fewer epochs | `--n-iters 50 --num-epochs 10` | IPPO's reward still rises and falls |
 # | more robots | `--n-agents 8 --lr 1e-3 --anneal-lr --num-epochs 10` | MAPPO leads |
 #
-# The class kit in teaching/ has two more. There you bootstrap arrivals as if they were time limits,
-# and you tell the local critic a single number, the remaining distance of the other robots. Both
-# keep IPPO from forgetting.
+# The exercises in teaching/ have one more. There you give the local critic a single additional
+# number, the remaining distance of the other robots, and it does not forget.
 #
 # ### When does a centralized critic pay?
 # When much of an agent's return depends on what it cannot observe, over a horizon long enough for
 # that to matter. Then show the critic just that. In the scenario *reverse_transport* each robot
-# sees the package that the team is rewarded for, and IPPO learns as fast as MAPPO and lasts. In
-# both papers IPPO is often as good. Before you compare numbers with theirs, note what differs:
+# sees the package that the team is rewarded for. There IPPO learns as fast as MAPPO and does not
+# forget. In both papers, too, IPPO is often as good as MAPPO. Before you compare numbers with theirs,
+# note what differs:
 #
 # | | this file | Yu et al. (2022) |
 # |---|---|---|
@@ -1481,14 +1489,13 @@ if navigation:
 #
 # ---
 # ## Answers
-# 1. 6000 / 400 = 15 minibatches times 30 epochs make 450 steps. Each frame is used 30 times.
+# 1. `6000 / 400 * 30 = 450`, because 30 epochs of 15 minibatches each use every frame once.
 # 2. It would learn the reward of that step alone. It cannot know, because no observation contains
 #    the time. So it would undervalue states in which episodes often run out of time.
-# 3. 71,684, which is 18 × 256 + 256 + 256 × 256 + 256 + 256 × 4 + 4. Without sharing it is three
-#    times as many.
-# 4. 8 × 18 = 144 under MAPPO and 18 under IPPO, which does not depend on the team.
-# 5. One. The advantage is r_i + gamma V_i' - V_i.
+# 3. `18*256 + 256 + 256*256 + 256 + 256*4 + 4 = 71684`, and three times as many without sharing.
+# 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, whatever the size of the team.
+# 5. One. The advantage is then r_i + gamma V_i' - V_i.
 # 6. It would keep old frames and learn from them again. PPO must not, because its ratio corrects
 #    only for the small step from the policy that collected the batch.
-# 7. In training, actions are sampled, so robots jitter around their goals. Also, the batch was
-#    collected before the last update.
+# 7. During training, actions are sampled, so robots jitter around their goals. Also, the last batch
+#    was collected before the last update.
