@@ -159,9 +159,9 @@ after_iteration = []  # functions that it calls after each iteration, with the n
 # ---
 # ## Engineering (skip this cell and go on with Section 2)
 # You learn nothing about the method here, and the lesson runs without the next cell. It turns
-# Section 1 into command-line options, rejects values that cannot work, saves checkpoints and resumes
-# from them, logs, and distributes the work under `torchrun`. It shares with the lesson the names
-# above, `rank` and `world_size` and two lists of functions that the training loop calls.
+# Section 1 into command-line options, rejects values that cannot work, saves checkpoints and
+# resumes from them, logs, and distributes the work under `torchrun`. It shares with the lesson the
+# names above, `rank` and `world_size` and two lists of functions that the training loop calls.
 
 # %% jupyter={"source_hidden": true}
 import argparse
@@ -559,7 +559,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 #
 # | part | paid to | amount |
 # |---|---|---|
-# | progress | the whole team | the distance by which all robots together came closer to their goals |
+# | progress | the whole team | how much closer all robots together came to their goals |
 # | contact | each robot that touches another | -1 for every robot it touches |
 # | arrival | the whole team | 0.01 if all robots are within 0.05 of their goals |
 #
@@ -766,9 +766,9 @@ print("values of one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 # choice.
 #
 # ### Open the box
-# What does the argument do? Here is the critic's forward pass by hand, and the last line compares it
-# with the library's. You can skip every cell under the heading "Open the box", because no other cell
-# uses its results.
+# What does the argument do? Here is the critic's forward pass by hand, and the last line compares
+# it with the library's. You can skip every cell under the heading "Open the box", because no other
+# cell uses its results.
 
 
 # %%
@@ -843,7 +843,8 @@ for label, centralized, share_params in [
 #
 # A local critic knows nothing about the other agents, so it explains only a third of the sum. A
 # shared value cannot tell the agents apart, so it explains only a third of their own numbers. A
-# separate centralized critic for each agent does both, but has three times as many weights to learn.
+# separate centralized critic for each agent does both, but has three times as many weights to
+# learn.
 #
 # This probe shows what a critic *can* know. What a wrong value does to the policy is another
 # question, and Section 10 answers it.
@@ -860,9 +861,9 @@ for label, centralized, share_params in [
 #
 # ---
 # ## 5. Collecting data
-# `Collector`, which used to be called `SyncDataCollector`, steps the environment with the policy and
-# returns batches of `frames_per_batch` frames. Each batch starts from a reset. The collector holds
-# the same policy object that you optimize, so it always acts with the newest weights.
+# `Collector`, which used to be called `SyncDataCollector`, steps the environment with the policy
+# and returns batches of `frames_per_batch` frames. Each batch starts from a reset. The collector
+# holds the same policy object that you optimize, so it always acts with the newest weights.
 #
 # The replay buffer holds a single batch and splits it into minibatches. It samples *without
 # replacement*, so that every frame is used exactly once per epoch.
@@ -925,10 +926,11 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # V_i' is computed from the stored next observation, because the next step of the batch may already
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
-# Note that the critic plays two roles. V_i is the *baseline*. Its errors are the same for all actions
-# and average out. V_i' is the *bootstrap target*. It depends on where the action led, so its errors
-# are credited to the action and do not average out. Remember this second role for Section 10. With
-# lmbda close to 1 it hardly matters, but advantages are noisy. With lmbda close to 0 it dominates.
+# Note that the critic plays two roles. V_i is the *baseline*. Its errors are the same for all
+# actions and average out. V_i' is the *bootstrap target*. It depends on where the action led, so
+# its errors are credited to the action and do not average out. Remember this second role for
+# Section 10. With lmbda close to 1 it hardly matters, but advantages are noisy. With lmbda close to
+# 0 it dominates.
 #
 # `MultiAgentGAE` computes this for all agents, and broadcasts the team's flags to them.
 
@@ -984,8 +986,8 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #
 # Under MAPPO all robots have the same value and nearly the same reward, and hence nearly the same
 # advantage. How does a robot learn what *it* did right? It needs many frames. Its own good actions
-# raise the shared advantage, while the actions of the others raise or lower it regardless and average
-# out.
+# raise the shared advantage, while the actions of the others raise or lower it regardless and
+# average out.
 #
 # *Question 5. With lmbda = 0, how many collected rewards enter one advantage?*
 #
@@ -997,9 +999,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #     objective = mean of min(ratio_i A_i, clip(ratio_i, 1 - clip_epsilon, 1 + clip_epsilon) A_i)
 #
 # *Clipping.* If an action was good, nothing is gained by making it more than 1 + clip_epsilon times
-# as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as likely.
-# The min keeps the gradient where the ratio has moved in the wrong direction. Clipping does not force
-# the ratios to stay near 1. It only removes the incentive to leave.
+# as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as
+# likely. The min keeps the gradient where the ratio has moved in the wrong direction. Clipping does
+# not force the ratios to stay near 1. It only removes the incentive to leave.
 #
 # *Several agents.* We clip each agent separately although all of them change at once. The joint
 # ratio of the team is the product of the agents' ratios, and it strays further the more agents
@@ -1240,8 +1242,8 @@ for iteration in progress:
 #
 # ---
 # ## 9. Evaluation and results
-# During training, actions are sampled. Here the policy acts deterministically, and the untrained and
-# the trained policy play the same episodes.
+# During training, actions are sampled. Here the policy acts deterministically, and the untrained
+# and the trained policy play the same episodes.
 
 
 # %%
@@ -1348,9 +1350,9 @@ else:
 # python train_mappo.py --no-mappo --n-iters 15
 # ```
 #
-# The `learning_curves.png` of the second run shows both. One seed proves little. Repeat the commands
-# with `--seed 1` and so on to see the spread, or look at ours. These are the success rates of ten
-# seeds, and study/README.md has every run.
+# The `learning_curves.png` of the second run shows both. One seed proves little. Repeat the
+# commands with `--seed 1` and so on to see the spread, or look at ours. These are the success rates
+# of ten seeds, and study/README.md has every run.
 #
 # | | 10 iterations | 15 | 20 | worst run after 10 | worst after 15 |
 # |---|---|---|---|---|---|
@@ -1361,10 +1363,10 @@ else:
 # anything better. Why does this happen?
 #
 # ### Success looks like a loss
-# All robots drive to their goals at the same time. A local critic sees one robot. When that robot is
-# near its goal, the others usually are as well, and there is little left to earn for *anybody*. So
-# V_i drops when robot i moves closer, even if only robot i has moved. The drop is right on average,
-# but wrong as a judgment of this one action, because the others are still where they were.
+# All robots drive to their goals at the same time. A local critic sees one robot. When that robot
+# is near its goal, the others usually are as well, and there is little left to earn for *anybody*.
+# So V_i drops when robot i moves closer, even if only robot i has moved. The drop is right on
+# average, but wrong as a judgment of this one action, because the others are still where they were.
 #
 # Suppose a robot moves closer by one unit. It earns 1, and its critic lowers its estimate of the
 # rest by s, the *slope* of the value:
@@ -1374,16 +1376,16 @@ else:
 #     slope s = 1.5     reward +1.0  |  value -1.5    a loss: the policy learns to stay away
 # ```
 #
-# How does the slope enter the advantage? In this step, only V_i' is lower by s. In every later step,
-# both V_i and V_i' are, so that delta contains s - gamma s. GAE adds these up:
+# How does the slope enter the advantage? In this step, only V_i' is lower by s. In every later
+# step, both V_i and V_i' are, so that delta contains s - gamma s. GAE adds these up:
 #
 #     this step         1 - gamma s
 #     k steps later     (1 - gamma) s, with weight (gamma lmbda)^k
 #     sum               1 - s [gamma - (1 - gamma) gamma lmbda / (1 - gamma lmbda)]  =  1 - 0.91 s
 #
 # Above a slope of 1.1, progress has a negative advantage. Now measure the slope of the critic that
-# you have trained. The next cell edits the critic's input so that one robot is a little closer to its
-# goal. Everything else stays as it was, including the lidar readings.
+# you have trained. The next cell edits the critic's input so that one robot is a little closer to
+# its goal. Everything else stays as it was, including the lidar readings.
 
 
 # %%
@@ -1438,18 +1440,18 @@ if navigation:
 # | explained variance, IPPO | 0.83 | 0.95 |
 #
 # What would a *correct* critic say? In a toy model with independent robots and a shared return, its
-# slope is about 0.8, the discounted progress that this robot can no longer make. So MAPPO's slope is
-# too small, and IPPO's grows too large. Only the second error turns progress into a loss.
+# slope is about 0.8, the discounted progress that this robot can no longer make. So MAPPO's slope
+# is too small, and IPPO's grows too large. Only the second error turns progress into a loss.
 #
 # How does this fit the probe in Section 4? Look at the last row. IPPO's critic explains more and
 # more of its targets while the policy falls apart. A critic can be right about the average
-# situation and wrong about what *one* action changes. As a baseline that would hardly matter, but as
-# a bootstrap target it does.
+# situation and wrong about what *one* action changes. As a baseline that would hardly matter, but
+# as a bootstrap target it does.
 #
 # Is the slope the cause? Two findings support it. On every seed, IPPO's success rate in training
 # peaks within two iterations of the slope passing 1.1. And IPPO does not forget with individual
-# rewards, with a shorter horizon, or when arrivals are bootstrapped like time limits, which keeps the
-# slope at 1.0. This is an argument and not a proof, and it rests on one task.
+# rewards, with a shorter horizon, or when arrivals are bootstrapped like time limits, which keeps
+# the slope at 1.0. This is an argument and not a proof, and it rests on one task.
 #
 # Is it this file's fault? TorchRL's own tutorial has other settings and stops after 5 iterations.
 # If you let it run longer, it forgets as well. This is its training reward, the mean of ten seeds:
@@ -1475,8 +1477,8 @@ if navigation:
 # When much of an agent's return depends on what it cannot observe, over a horizon long enough for
 # that to matter. Then show the critic just that. In the scenario *reverse_transport* each robot
 # sees the package that the team is rewarded for. There IPPO learns as fast as MAPPO and does not
-# forget. In both papers, too, IPPO is often as good as MAPPO. Before you compare numbers with theirs,
-# note what differs:
+# forget. In both papers, too, IPPO is often as good as MAPPO. Before you compare numbers with
+# theirs, note what differs:
 #
 # | | this file | Yu et al. (2022) |
 # |---|---|---|
