@@ -23,7 +23,6 @@ from cells import cell_that_defines, read_cells, run_cells, without
 from conftest import (
     CPU,
     PROGRAMS,
-    SCRIPT,
     TINY,
     State,
     contents,
@@ -59,7 +58,7 @@ BAD_OPTIONS = {  # words of the command line: what the sentence must hold
     ("--scenario-name", "navigatoin"): ("scenario_name is 'navigatoin'", *VmasEnv.available_envs),
     ("--scenario-name", "simple_tag"): ("scenario_name is 'simple_tag'", "one team", "agent_0"),
     ("--scenario-name", "diff_drive"): ("scenario_name is 'diff_drive'", "one team"),
-    **{("--n-agents", str(n)): (f"n_agents is {n}", "fewer") for n in (24, 1000)},
+    **{("--n-agents", str(n)): (f"n_agents is {n}", "fewer") for n in (24,)},
     ("--scenario-name", "give_way", "--n-agents", "5"): ("n_agents is 5", "must be 2"),
     ("--scenario-options", "[1]"): ("scenario_options is [1]", "a dictionary"),
     ("--scenario-options", '{"lidar_range": NaN}'): ("scenario_options", "nan"),
@@ -196,11 +195,11 @@ def in_full(words, folder):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, lean):
     """Make a folder that holds one good run and all the bad ones."""
     folder = tmp_path_factory.mktemp("refusals")
     good = folder / "good"
-    run_inside(*options(run_folder=good))
+    run_inside(*options(run_folder=good), path=lean)
     record = json.loads((good / "hyperparameters.json").read_text())
     (folder / "file").write_text("not a folder")
     (folder / "other").mkdir()
@@ -229,12 +228,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def refusals(folder, tmp_path_factory):
+def refusals(folder, lean, tmp_path_factory):
     """For each case: exit status, stdout and stderr, from one process; and the folder before it."""
     files, before = tmp_path_factory.mktemp("answers"), contents(folder)
     cases = [in_full(words, folder) for words in REFUSALS]
     (files / "cases").write_text(json.dumps(cases))
-    words = (SCRIPT, files / "cases", files / "answers")
+    words = (lean, files / "cases", files / "answers")
     finish(start(*words, program=[PROGRAMS / "refuse_all.py"]))
     answers = json.loads((files / "answers").read_text())
     return dict(zip(REFUSALS, answers, strict=True)), before
@@ -277,12 +276,12 @@ def test_the_traps_are_real(folder, refusals, name):
     victim.unlink()
 
 
-def test_refusals_of_a_process_of_its_own(folder, tmp_path):
+def test_refusals_of_a_process_of_its_own(folder, lean):
     """The same as above, with all that a user's own process may add; also with `python -O`."""
     traps = ("--run-folder", "{folder}/trap in state.pt")
-    cases = [("--lr", "text"), ("--n-agents", "24"), traps]
+    cases = [("--lr", "text"), ("--gamma", "1.01"), traps]
     processes = [
-        start(*in_full(words, folder), program=[flag, SCRIPT])
+        start(*in_full(words, folder), program=[flag, lean])
         for words, flag in zip(cases, ("-O", "-B", "-O"), strict=True)
     ]
     for process, words in zip(processes, cases, strict=True):

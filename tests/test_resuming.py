@@ -54,35 +54,21 @@ def short(finished, tmp_path):
     return shutil.copytree(finished[3], tmp_path / "short")
 
 
-def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp_path):
+def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp_path, capfd):
     """The same command, given again after each kill, ends with the same numbers to the bit.
 
     A new run renames hyperparameters.json, metrics.csv and its first checkpoint, a resumed one the
     tables. Each iteration then renames a checkpoint, one that is removed, and the tables.
     """
     words = options(n_iters=12, run_folder=tmp_path / "run")
-    kills = [
-        ["before", 1],
-        ["after", 1],
-        ["before", 2],
-        ["archive", 9],
-        ["before", 3],
-        ["after", 3],
-    ]
-    kills += [
-        ["update", 5],
-        ["update", 2],
-        ["archive", 30],
-        ["before", 4],
-        ["after", 4],
-        ["before", 5],
-    ]
-    kills += [["after", 3], ["before", 4], ["after", 5], ["after", 6]]
+    kills = [["before", 1], ["after", 1], ["archive", 9], ["before", 2], ["after", 2]]
+    kills += [["update", 5], ["archive", 30], ["before", 3], ["after", 3], ["before", 4]]
+    kills += [["after", 4], ["before", 5], ["after", 5], ["update", 2]]
     statuses, _ = stop_at(kills, lean, *words)
     assert statuses == [-signal.SIGKILL] * len(kills)
     assert len(load(tmp_path / "run")["history"]) in range(1, 12)
-    out, _ = finish(start(*words, program=[lean]))
-    assert "of 12 iterations are done" in out
+    run_inside(*words, path=lean)
+    assert "of 12 iterations are done" in capfd.readouterr().out
     run_inside(*options(n_iters=12, run_folder=tmp_path / "undisturbed"), path=lean)
     assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
@@ -98,7 +84,7 @@ def test_ctrl_c_says_how_to_resume_and_the_process_dies_of_the_signal(finished, 
     command = f"resume with: python {lean} --run-folder '{folder}'"
     assert err.splitlines()[-1] == f"train_mappo.py: stopped; {command}"
     assert len(rows(folder)) == 2
-    finish(start("--run-folder", folder, program=[lean]))
+    run_inside("--run-folder", folder, path=lean)
     assert_same(folder, finished[5])
 
 
@@ -147,12 +133,13 @@ def test_the_seed_decides_everything(finished, lean, tmp_path):
     assert rows(tmp_path / "1") != rows(tmp_path / "0")
 
 
-def test_a_finished_run_is_evaluated_and_drawn_again(short):
+def test_a_finished_run_is_evaluated_and_drawn_again(short, lean, capfd):
     """Nothing is trained; what is shown is made anew, also with another number of episodes."""
     before = contents(short)
     for name in ("learning_curve.png", "learning_curves.png", "evaluation.json"):
         (short / name).unlink()
-    out, _ = finish(start("--run-folder", short))
+    run_inside("--run-folder", short, path=lean)
+    out = capfd.readouterr().out
     assert f"Resuming {short}: 3 of 3 iterations are done" in out
     assert "slope of the value" in out  # to the very end
     after = contents(short)
@@ -160,16 +147,17 @@ def test_a_finished_run_is_evaluated_and_drawn_again(short):
     for path in before:
         if path.suffix in (".torchrl", ".csv", ".json") and path.name != "hyperparameters.json":
             assert after[path] == before[path]
-    finish(start("--run-folder", short, "--evaluation-episodes", 20))
+    run_inside("--run-folder", short, "--evaluation-episodes", 20, path=lean)
     evaluations = [
         json.loads(found[short / "evaluation.json"]) for found in (after, contents(short))
     ]
     assert evaluations[0]["untrained"] != evaluations[1]["untrained"]
 
 
-def test_a_finished_run_can_be_made_longer(short, finished, lean):
+def test_a_finished_run_can_be_made_longer(short, finished, lean, capfd):
     """Options that are not given are the run's own, which is said."""
-    out, _ = finish(start("--run-folder", short, "--n-iters", 5, program=[lean]))
+    run_inside("--run-folder", short, "--n-iters", 5, path=lean)
+    out = capfd.readouterr().out
     assert f"Resuming {short}: 3 of 5 iterations are done" in out
     [kept] = [line for line in out.splitlines() if line.startswith("Kept from the run: ")]
     assert "num_cells = 32" in kept and "n_iters" not in kept and "run_folder" not in kept
@@ -202,18 +190,19 @@ def test_an_empty_folder_is_used(lean, tmp_path, capfd):
     assert f"New run: {tmp_path / 'run'}" in capfd.readouterr().out
 
 
-def test_runs_leave_each_other_alone(finished, lean, tmp_path):
-    """Two runs that begin at the same time below runs/ get a folder each and change no other."""
+def test_runs_leave_each_other_alone(finished, lean, tmp_path, monkeypatch):
+    """Runs with the same options get a folder each below runs/ and change no other."""
+    monkeypatch.chdir(tmp_path)
     shutil.copytree(finished[3], tmp_path / "runs" / "older")
     before = contents(tmp_path)
-    for process in [start(*options(n_iters=1), program=[lean], cwd=tmp_path) for _ in range(2)]:
-        finish(process)
+    for _ in range(2):
+        run_inside(*options(n_iters=1), path=lean)
     assert len([*(tmp_path / "runs").iterdir()]) == 3
     after = contents(tmp_path)
     assert {path: after[path] for path in before} == before
 
 
-def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(short):
+def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(short, lean):
     """A critic whose prediction is near the largest float gives a loss that is not finite."""
     newest = short / "checkpoint-000000000003.torchrl"
     parts = load(short)
@@ -223,8 +212,8 @@ def test_numbers_that_are_not_finite_stop_the_run_before_they_are_saved(short):
     newest.unlink()
     Checkpoint(format="archive", history=history, **states).save(newest)
     before = {path: path.read_bytes() for path in short.glob("checkpoint-*")}
-    _, err = finish(start("--run-folder", short, "--n-iters", 5), 1)
-    assert "Traceback" in err and "non-finite" in err.strip().splitlines()[-1]
+    with pytest.raises(RuntimeError, match="non-finite"):
+        run_inside("--run-folder", short, "--n-iters", 5, path=lean)
     assert {path: path.read_bytes() for path in short.glob("checkpoint-*")} == before
 
 
@@ -240,15 +229,16 @@ def test_a_full_disk_spares_the_last_checkpoint(short, finished, lean):
     _, err = finish(start(*words, program=[lean], preexec_fn=no_file_above(40_000)), 1)
     assert "File too large" in err
     assert {path: path.read_bytes() for path in short.glob("checkpoint-*")} == before
-    finish(start(*words, program=[lean]))  # now there is room again
+    run_inside(*words, path=lean)  # now there is room again
     assert_same(short, finished[5])
 
 
-def test_a_full_disk_leaves_no_half_picture(short):
+def test_a_full_disk_leaves_no_half_picture(short, lean):
     """What was drawn before stays, and what is drawn is whole or absent."""
     (short / "rollout.gif").unlink(missing_ok=True)
     curves = (short / "learning_curves.png").read_bytes()
-    _, err = finish(start("--run-folder", short, preexec_fn=no_file_above(20_000)), 1)
+    how = {"program": [lean], "preexec_fn": no_file_above(20_000)}
+    _, err = finish(start("--run-folder", short, **how), 1)
     assert "File too large" in err
     assert (short / "learning_curves.png").read_bytes() == curves
     assert not (short / "rollout.gif").exists()
@@ -306,11 +296,12 @@ def test_a_learners_own_mistake_keeps_its_traceback(lean, tmp_path):
     assert "Traceback" in err and "los.backward()" in err and "NameError" in err
 
 
-def test_help_shows_section_1_as_it_stands():
+def test_help_shows_section_1_as_it_stands(capfd):
     text = SCRIPT.read_text(encoding="utf-8")
     cell = text.partition("# %%\nmappo = ")[2].partition("\n\n# %%")[0]
-    out, _ = finish(start("--help"))
-    assert "mappo = " + cell in out
+    with pytest.raises(SystemExit) as end:
+        run_inside("--help")
+    assert end.value.code == 0 and "mappo = " + cell in capfd.readouterr().out
 
 
 def test_checkpoints_do_not_pile_up(finished):
