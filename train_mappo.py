@@ -271,9 +271,10 @@ def check_hyperparameters():
     for name in hyperparameters:
         as_json(name)
     fits = frames_per_batch % (max_steps * world_size) == 0
-    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, for each process")
+    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, per process")
     fits = frames_per_batch % minibatch_size == 0 and minibatch_size % world_size == 0
-    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}")
+    shared = f", that {world_size} processes can share" if world_size > 1 else ""
+    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}{shared}")
     fits = minibatch_size >= 2 * world_size
     require(fits, "minibatch_size", "at least 2 for each process, to have a standard deviation")
 
