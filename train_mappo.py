@@ -12,7 +12,7 @@
 # ///
 """Learn multi-agent PPO with TorchRL, in one file that you read from top to bottom.
 
-Three robots drive to their goals and must not collide. They learn it with MAPPO, or with IPPO when
+Three robots drive to their goals and must not collide. They learn this with MAPPO, or with IPPO if
 you flip one flag. There are four ways to start:
 
     python train_mappo.py                         MAPPO with the hyperparameters of Section 1
@@ -44,13 +44,13 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 from tqdm import tqdm
 
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports every storage
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it reports every storage
 
 # %% [markdown]
 # # Multi-agent PPO, step by step
 #
-# You know PPO for one agent. Here you train a team. Three robots start at random places, each of
-# them has its own goal, and most of the reward is shared. After a minute or two of training on two
+# You know PPO for one agent. Here you train a team. Three robots start at random positions, each
+# with its own goal, and share most of the reward. After a minute or two of training on two
 # CPU cores, you get this:
 #
 # | 200 test episodes | untrained | trained with MAPPO |
@@ -86,7 +86,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # its INFO level reports
 # - **IPPO**, independent PPO (de Witt et al. 2020, arXiv:2011.09533), has a *local* critic.
 # - **MAPPO**, multi-agent PPO (Yu et al. 2022, arXiv:2103.01955), has a *centralized* critic.
 #
-# The critic may see more than the policy, because it is not used once training is over. This is
+# The critic can see more than the policy, because it is not used once training is over. This is
 # called *centralized training with decentralized execution*, or CTDE.
 #
 # These symbols and words are used throughout. The index i counts agents, and the sizes are those of
@@ -151,13 +151,13 @@ logger = ""  # also log to "tensorboard", "wandb", "mlflow", "trackio" or "csv"
 # *Question 1. How many gradient steps does one iteration take?* (The answers are at the end.)
 
 # %%
-rank, world_size = 0, 1  # this process and how many there are
+rank, world_size = 0, 1  # the index of this process, and the number of processes
 before_training = []  # functions that the training loop calls once, before it starts
 after_iteration = []  # functions that it calls after each iteration, with the new measurements
 
 # %% [markdown]
 # ---
-# ## Engineering (skip this cell and go on with Section 2)
+# ## Engineering (skip this cell and go on to Section 2)
 # You learn nothing about the method here, and the lesson runs without the next cell. It turns
 # Section 1 into command-line options, rejects values that cannot work, saves checkpoints and
 # resumes from them, logs, and distributes the work under `torchrun`. It shares with the lesson the
@@ -183,8 +183,8 @@ from torch import distributed as dist
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers import get_logger
 
-# VMAS warns of options that a scenario does not know. Where it finds no room for all agents, it
-# warns and keeps searching. Both become errors. An n_agents that a scenario ignores is harmless.
+# VMAS warns about options that a scenario does not recognize. If it cannot find room for all
+# agents, it warns and keeps searching. Both become errors here. Ignoring n_agents is harmless.
 warnings.filterwarnings("error", "Scenario kwargs")
 warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
 warnings.filterwarnings("error", "It is taking many iterations to spawn")
@@ -202,24 +202,24 @@ COUNTS += ["depth", "num_cells", "evaluation_episodes"]
 SEEDS = ["seed", "evaluation_seed"]
 SCALES = ["lr", "max_grad_norm", "critic_coeff"]
 TEXTS = ["device", "run_folder", "logger"]
-CHECKS = [  # which hyperparameters, what they must be, and when they are
+CHECKS = [  # names, the requirement in words, and the test for it
     (FLAGS, "True or False", lambda x: type(x) is bool),
     (COUNTS, "a whole number from 1 to a billion", lambda x: type(x) is int and 0 < x <= 10**9),
     (SEEDS, "a whole number from 0 to 2**32 - 1", lambda x: type(x) is int and 0 <= x < 2**32),
     (SCALES, "a number above 0", lambda x: is_number(x) and x > 0),
     (["gamma", "lmbda"], "a number from 0 to 1", lambda x: is_number(x) and x <= 1),
     (["clip_epsilon"], "a number between 0 and 1", lambda x: is_number(x) and 0 < x < 1),
-    (["entropy_eps"], "a number from 0 on", is_number),
+    (["entropy_eps"], "a non-negative number", is_number),
     (TEXTS, "a string", lambda x: type(x) is str),
     (["scenario_options"], "a dictionary", lambda x: type(x) is dict),
     (["scenario_name"], "a string or a class", lambda x: isinstance(x, (str, type))),
 ]
 MAY_CHANGE = ["run_folder", "logger", "device", "n_iters", "evaluation_episodes", "evaluation_seed"]
-command_line, given = None, {}  # argparse's parser and the options given, if this is a program
+command_line, given = None, {}  # argparse's parser and the options given, if run as a script
 
 
-def refuse(sentence):
-    """End a program with exit status 2 and this sentence; in a notebook, raise a ValueError."""
+def reject(sentence):
+    """Exit a script with status 2 and this message; in a notebook, raise a ValueError."""
     sentence = " ".join(sentence.splitlines())
     if command_line is not None:
         command_line.error(sentence)
@@ -227,13 +227,13 @@ def refuse(sentence):
 
 
 def require(condition, name, expected):
-    """Refuse the value of a hyperparameter unless the condition holds."""
+    """Reject the value of a hyperparameter unless the condition holds."""
     if not condition:
-        refuse(f"{name} is {globals()[name]!r}, but must be {expected}")
+        reject(f"{name} is {globals()[name]!r}, but must be {expected}")
 
 
 def find_hyperparameters():
-    """Return the names of Section 1, with those that a reader has added to its cells."""
+    """Return the names in Section 1, including those that the reader has added to its cells."""
     names = dict.fromkeys(name for group, _, _ in CHECKS for name in group)
     cells, added = globals().get("In", []), {}  # In: the cells that IPython has run
     if not cells and "__file__" in globals():
@@ -241,7 +241,7 @@ def find_hyperparameters():
     for cell in cells:
         try:
             statements = ast.parse(cell).body
-        except SyntaxError:  # a command of IPython's
+        except SyntaxError:  # an IPython command
             continue
         targets = [target for one in statements for target in getattr(one, "targets", [])]
         targets += [one.target for one in statements if isinstance(one, ast.AnnAssign)]
@@ -252,18 +252,18 @@ def find_hyperparameters():
 
 
 def as_json(name):
-    """Return the value of a hyperparameter as JSON holds it; refuse it if JSON cannot."""
+    """Return the value of a hyperparameter as it is stored in JSON; reject it if it cannot be."""
     value = globals()[name]
     if isinstance(value, type):
-        return value.__name__  # of the reader's own scenario
+        return value.__name__  # the name of the reader's own scenario
     try:
         return json.loads(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError):
-        refuse(f"{name} is {value!r}, but must be JSON-serializable")
+        reject(f"{name} is {value!r}, but must be JSON-serializable")
 
 
 def check_hyperparameters():
-    """Refuse values that cannot work; set `n_agents` where the scenario decides it itself."""
+    """Reject invalid values; set `n_agents` if the scenario fixes the size of the team."""
     global n_agents
     for names, expected, is_right in CHECKS:
         for name in names:
@@ -271,17 +271,17 @@ def check_hyperparameters():
     for name in hyperparameters:
         as_json(name)
     fits = frames_per_batch % (max_steps * world_size) == 0
-    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, per process")
+    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, in each process")
     fits = frames_per_batch % minibatch_size == 0 and minibatch_size % world_size == 0
     shared = f", that {world_size} processes can share" if world_size > 1 else ""
     require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}{shared}")
     fits = minibatch_size >= 2 * world_size
-    require(fits, "minibatch_size", "at least 2 for each process, to have a standard deviation")
+    require(fits, "minibatch_size", "at least 2 per process, to have a standard deviation")
 
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
     devices += [f"cuda:{index}" for index in range(gpus) if world_size == 1]
-    require(device in devices, "device", f"{' or '.join(devices)}: GPUs here: {gpus}")
+    require(device in devices, "device", f"{' or '.join(devices)} (GPUs found: {gpus})")
     loggers = ["", "tensorboard", "wandb", "mlflow", "trackio", "csv"]
     require(logger in loggers, "logger", f"one of {loggers}")
     packages = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"]}.get(logger, [logger])
@@ -291,7 +291,11 @@ def check_hyperparameters():
     own = isinstance(scenario_name, type)
     known = own or scenario_name in VmasEnv.available_envs
     require(known, "scenario_name", "one of " + ", ".join(VmasEnv.available_envs))
-    require("n_agents" not in scenario_options, "scenario_options", "without n_agents, set above")
+    require(
+        "n_agents" not in scenario_options,
+        "scenario_options",
+        "without n_agents, which has its own option",
+    )
     try:
         trial = VmasEnv(
             scenario_name() if own else scenario_name,
@@ -301,32 +305,33 @@ def check_hyperparameters():
             scenario_kwargs={"n_agents": n_agents, **scenario_options},
         )
     except Exception as error:
-        refuse(
-            f"n_agents is {n_agents} and scenario_options is {scenario_options}, but must be fewer "
-            f"agents or options that {scenario_name} accepts ({type(error).__name__}: {error})"
+        reject(
+            f"{scenario_name} cannot be built: n_agents is {n_agents} and scenario_options is "
+            f"{scenario_options}, but must be fewer agents or options that it accepts "
+            f"({type(error).__name__}: {error})"
         )
     team = ", ".join(trial.agent_names)
     one_team = len(trial.group_map) == 1 and not trial.het_specs
-    require(one_team, "scenario_name", f"a scenario with one team of similar agents, not {team}")
+    require(one_team, "scenario_name", f"one with a single team of similar agents, not {team}")
     fits = trial.n_agents == n_agents or "n_agents" not in given
-    require(fits, "n_agents", f"{trial.n_agents}, which this scenario sets itself")
+    require(fits, "n_agents", f"{trial.n_agents}, which is fixed by this scenario")
     n_agents = trial.n_agents
 
 
 def read_run(place):
     """Return the hyperparameters and the history of the run in a folder; ({}, []) for a new one.
 
-    Refuses a folder that holds something else, and a run whose files are damaged.
+    Rejects a folder that contains something else, and a run whose files are damaged.
     """
     here = f"run_folder is {str(place)!r}, but must be"
     try:
         names = {path.name for path in place.iterdir()} if place.exists() else set()
     except OSError as error:
-        refuse(f"{here} a folder ({error})")
+        reject(f"{here} a folder ({error})")
     saved = any(name.startswith("checkpoint-") for name in names)
     visible = {name for name in names if name[0] != "."} - {"hyperparameters.json"}
     if visible and not (saved and "hyperparameters.json" in names):
-        refuse(f"{here} new, empty or a run; it holds {min(visible)} and no complete run")
+        reject(f"{here} new, empty or the folder of a run; it contains {min(visible)}, but no run")
     if "hyperparameters.json" not in names:
         return {}, []
     try:
@@ -335,7 +340,7 @@ def read_run(place):
             newest = CheckpointRotation(place, keep_last=2).latest()
             kinds = {Path(member).suffix for member in zipfile.ZipFile(newest).namelist()}
             if kinds - {".json", ".memmap"}:  # numbers and text; anything else could run code
-                raise ValueError(f"it holds files of other kinds, {kinds}")
+                raise ValueError(f"it contains unexpected kinds of files, {kinds}")
             Checkpoint(history=past).load(newest)
             steps = range(int(newest.stem.removeprefix("checkpoint-")))
             if [row["iteration"] for row in past] != [*steps]:
@@ -343,20 +348,24 @@ def read_run(place):
         if type(recorded["world_size"]) is not int:
             raise ValueError("its world_size is missing")
     except Exception as error:
-        refuse(f"{here} a run; its files are damaged or foreign ({type(error).__name__}: {error})")
+        reject(f"{here} the folder of a run; its files are damaged or foreign ({error!r})")
     return recorded, past
 
 
 def check_against(recorded, past):
-    """Refuse hyperparameters that contradict those of the run to be resumed."""
+    """Reject hyperparameters that conflict with those of the run being resumed."""
     for name in hyperparameters:
         same = name not in recorded or name in MAY_CHANGE or as_json(name) == recorded[name]
-        require(same, name, f"{recorded.get(name)!r} as in the run, or run_folder another one")
-    require(n_iters >= len(past), "n_iters", f"at least {len(past)}, which are done")
+        require(same, name, f"{recorded.get(name)!r}, as in the run being resumed")
+    require(
+        n_iters >= len(past),
+        "n_iters",
+        f"at least {len(past)}, the number of iterations already done",
+    )
 
 
 def number(text):
-    """Parse the option of a hyperparameter that is a number."""
+    """Parse the command-line value of a numeric hyperparameter."""
     try:
         return int(text)
     except ValueError:
@@ -364,7 +373,7 @@ def number(text):
 
 
 def parse_json(text):
-    """Parse the option of a hyperparameter that is a list, a dictionary or None."""
+    """Parse the command-line value of a hyperparameter that is a list, a dictionary or None."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -377,7 +386,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
         usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-        description="Each name is an option, with - in place of _; its value is the default.",
+        description="Each name is an option, with - in place of _. Values are the defaults.",
         epilog=f"mappo{section_1}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
@@ -408,7 +417,7 @@ def read_command_line():
             Path(run_folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=run_folder).close()
     except OSError as error:
-        require(False, "run_folder", f"a folder that can be written ({error})")
+        require(False, "run_folder", f"a writable folder ({error})")
     if kept:
         print("Kept from the run:", ", ".join(f"{name} = {kept[name]!r}" for name in sorted(kept)))
 
@@ -422,7 +431,9 @@ def explain_the_end(kind, error, trace):
         how = "resume with: " + shlex.join(["python", sys.argv[0], "--run-folder", str(place)])
         sentence = f"stopped; {how if kept else 'nothing was saved'}"
     elif "many iterations to spawn" in str(error):
-        sentence = f"n_agents is {n_agents}, but must be fewer: VMAS found no room for all"
+        sentence = (
+            f"n_agents is {n_agents}, but must be smaller: VMAS found no room for all of them"
+        )
     is_program = vars(sys.modules["__main__"]) is globals() and not hasattr(sys, "ps1")
     if sentence is None or not is_program:
         sys.__excepthook__(kind, error, trace)
@@ -458,20 +469,24 @@ def start_or_resume():
     if checkpoints.latest():
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # of pickles, which could run code
+                warnings.simplefilter(
+                    "error", FutureWarning
+                )  # raised for pickles, which could run code
                 checkpoints.load_latest(checkpoint, map_location=device)
         except Exception as error:
-            refuse(f"run_folder is {str(folder)!r}, but must be a run of these networks ({error})")
+            reject(
+                f"run_folder is {str(folder)!r}, but must be a run with these networks ({error})"
+            )
         print(f"Resuming {folder}: {len(history)} of {n_iters} iterations are done")
         if recorded["world_size"] != world_size:
-            print(f"It had {recorded['world_size']} process(es) and now has {world_size}")
+            print(f"It used {recorded['world_size']} process(es) and now uses {world_size}")
         if anneal_lr and recorded["n_iters"] < n_iters:
             last, now = optimizer.param_groups[0]["lr"], lr * (1 - len(history) / n_iters)
             print(f"The learning rate was {last:.2g}. It continues at {now:.2g} and falls to 0.")
     else:
         print(f"New run: {folder}")
     if world_size > 1:
-        dist.barrier()  # all have read the folder before one writes to it
+        dist.barrier()  # every process must have read the folder before one writes
         loss_module = nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -490,7 +505,7 @@ def start_or_resume():
 def save_iteration(row):
     """Average the measurements over the processes, then save a checkpoint, the tables and the log.
 
-    The last function in `after_iteration`, so that it saves what others have put into `row`.
+    It runs last in `after_iteration`, so that it also saves what others have put into `row`.
     """
     row.update({name: x if isinstance(x, int) else float(x) for name, x in row.items()})
     if world_size > 1:
@@ -508,7 +523,7 @@ def save_iteration(row):
 
 
 def leave_after_the_last_iteration():
-    """End the processes beyond the first if there is nothing left to train."""
+    """End all processes but the first if there is nothing left to train."""
     if world_size > 1 and len(history) == n_iters:
         dist.destroy_process_group()
         if rank > 0:
@@ -527,18 +542,18 @@ if rank > 0:
 hyperparameters = find_hyperparameters()
 program = Path(globals().get("__file__", "a notebook")).resolve()
 if program == Path(sys.argv[0]).resolve() and "In" not in globals():
-    plt.switch_backend("agg")  # figures go to files, no window opens
+    plt.switch_backend("agg")  # write figures to files, open no window
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a folder may have any name
+        sys.stdout.reconfigure(errors="backslashreplace")  # folder names may contain anything
     sys.excepthook = explain_the_end
     read_command_line()
 else:
     check_hyperparameters()
-the_job = {}  # what the processes share, if there are several
+the_job = {}  # settings of the whole job, before they are divided among processes
 if world_size > 1:
     the_job = {name: globals()[name] for name in ("frames_per_batch", "minibatch_size", "device")}
     store, _, _ = next(dist.rendezvous("env://"))
-    # After a restart, the store still has the addresses of the processes before it.
+    # After a restart, the store still has the addresses of the processes from before.
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world_size)
     frames_per_batch //= world_size
@@ -583,7 +598,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 
 # %%
 def seed_for(*purpose):
-    """Derive a random seed from `seed` for each purpose, so that no two draw the same numbers."""
+    """Derive a random seed from `seed` for each purpose, so that no two use the same numbers."""
     return random.Random(f"{seed} {purpose}").getrandbits(32)
 
 
@@ -601,7 +616,7 @@ def make_env(num_envs, seed):
     return simulator.append_transform(StepCounter(max_steps))
 
 
-num_vmas_envs = frames_per_batch // max_steps  # each has room for one full episode in a batch
+num_vmas_envs = frames_per_batch // max_steps  # so that each fits a full episode into a batch
 env = make_env(num_vmas_envs, seed_for("environment"))
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # shape, type and bounds
@@ -624,11 +639,11 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 # ('next', 'done') (60, 100, 1)
 # ```
 #
-# Read the shapes as (environments, steps, agents, numbers). The three flags have no agent
+# Read the shapes as (environments, steps, agents, features). The three flags have no agent
 # dimension, because an episode begins and ends for the whole team.
 #
-# *Question 2. Suppose the time limit were a termination. Which value would the critic learn for the
-# last step, and can it know that it is the last?*
+# *Question 2. Suppose the time limit were a termination. What value would the critic learn for the
+# last step, and could it know that this step is the last?*
 #
 # ---
 # ## 3. Policy
@@ -642,13 +657,13 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 #    the action with a tanh, and stores its log-probability, which PPO needs later.
 #
 # *Parameter sharing.* With `share_parameters_policy` all agents use the same weights, and the
-# network learns from everybody's experience. Sharing has a cost. Agents with identical observations
-# behave alike, so a task that needs specialists needs agent IDs or separate networks.
+# network learns from every agent's experience. Sharing has a cost. Agents with identical
+# observations behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
-# *Initialization.* Orthogonal weights keep the scale of signals from layer to layer. The last layer
-# of the policy starts out small, so that at first all actions are centered and widely spread,
-# whatever a robot observes.
-# Andrychowicz et al. (2021, arXiv:2006.05990) found this to be among the choices that matter most.
+# *Initialization.* Orthogonal weights preserve the scale of the signal from layer to layer. The
+# last layer of the policy starts with small weights, so that at first all actions are spread widely
+# around the center of their range, whatever a robot observes. Andrychowicz et al. (2021,
+# arXiv:2006.05990) found this to be among the choices that matter most.
 
 
 # %%
@@ -714,7 +729,7 @@ for row in means[0].tolist():
 #   -0.0039    0.0013
 # ```
 #
-# All means are close to 0. That is the effect of the small last layer.
+# All means are close to 0. That is the effect of the small weights in the last layer.
 #
 # *Question 3. How many weights and biases does the policy have? How many without sharing?*
 #
@@ -798,7 +813,7 @@ with torch.no_grad():
 # has to predict either the sum of all numbers, which stands for a shared reward, or the agent's own
 # number, which stands for an individual reward. The *explained variance* is 1 if it predicts the
 # target perfectly, and 0 if it does no better than a constant. Before you run the cell, guess which
-# combinations fail.
+# combinations fail. The third critic is centralized as well, with a separate network per agent.
 
 
 # %%
@@ -826,7 +841,7 @@ print("explained variance of            the sum   own number")
 for label, centralized, share_params in [
     ("local critic (IPPO)", False, True),
     ("centralized critic (MAPPO)", True, True),
-    ("centralized, one for each agent", True, False),
+    ("centralized, separate networks", True, False),
 ]:
     shared = explained_variance_of(
         centralized, share_params, lambda x: x.sum(-2, keepdim=True).expand_as(x)
@@ -839,13 +854,13 @@ for label, centralized, share_params in [
 # explained variance of            the sum   own number
 # local critic (IPPO)                 0.33         1.00
 # centralized critic (MAPPO)          1.00         0.33
-# centralized, one for each agent     1.00         1.00
+# centralized, separate networks      1.00         1.00
 # ```
 #
-# A local critic knows nothing about the other agents, so it explains only a third of the sum. A
-# shared value cannot tell the agents apart, so it explains only a third of their own numbers. A
-# separate centralized critic for each agent does both, but has three times as many weights to
-# learn.
+# A local critic cannot see the other agents' numbers, so it explains only a third of the sum's
+# variance. A shared value cannot tell the agents apart, so it explains only a third of the variance
+# of each agent's own number. A separate centralized critic for each agent does both, but has three
+# times as many weights to learn.
 #
 # This probe shows what a critic *can* know. What a wrong value does to the policy is another
 # question, and Section 10 answers it.
@@ -877,7 +892,7 @@ collector = Collector(
     device=device,
     frames_per_batch=frames_per_batch,
     reset_at_each_iter=True,
-    track_traj_ids=False,  # episodes need no numbers here
+    track_traj_ids=False,  # trajectory IDs are not needed here
     auto_register_policy_transforms=False,  # these are for recurrent policies
 )
 replay_buffer = ReplayBuffer(
@@ -912,7 +927,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #                              terminated                                       cut off
 # ```
 #
-# The first episode ends with a success, and the environment is reset. The second episode is cut off
+# The first episode ends in success, and the environment is reset. The second episode is cut off
 # by the end of the batch, and is treated like one that ran out of time.
 #
 # ---
@@ -1005,16 +1020,16 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # not force the ratios to stay near 1. It only removes the incentive to leave.
 #
 # *Several agents.* We clip each agent separately although all of them change at once. The joint
-# ratio of the team is the product of the agents' ratios, and it strays further the more agents
-# there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
+# ratio of the team is the product of the agents' ratios, and it strays further from 1 the more
+# agents there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
 # arXiv:2202.00082).
 #
 # *Normalization.* Advantages are scaled to mean 0 and standard deviation 1 over the minibatch, for
-# each agent separately. The agent dimension is number -2, and is left out of the averaging.
+# each agent separately. The agent dimension, dimension -2, is excluded from the averaging.
 #
 # *The other two terms.* The value loss is the smooth L1 distance between V_i and its target. The
 # entropy bonus (Williams and Peng 1991) keeps the policy from settling too early. The loss module
-# returns three terms that are already weighted, to be added and minimized.
+# returns the three terms, already weighted, and you minimize their sum.
 
 # %%
 loss_module = ClipPPOLoss(
@@ -1092,7 +1107,8 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # loss_entropy    -0.00013
 # ```
 #
-# TorchRL also has classes named `MAPPOLoss` and `IPPOLoss`. They are this loss with other defaults.
+# TorchRL also has classes named `MAPPOLoss` and `IPPOLoss`. They are the same loss with
+# different defaults.
 #
 # ---
 # ## 8. Training loop
@@ -1117,7 +1133,7 @@ history = []  # a dictionary of measurements for each iteration
 
 
 def save_whole(name, save):
-    """Let `save` write a file of the run under another name, then rename it: whole or absent."""
+    """Let `save` write to a temporary name, then rename the file, so that it is whole or absent."""
     unfinished = folder / f".unfinished-{name}"
     try:
         save(unfinished)
@@ -1134,10 +1150,11 @@ counts_collisions = navigation and penalty["collisions"] and penalty["agent_coll
 
 
 def measure(data):
-    """Return the mean return, success rate, length and collisions of the first episodes in `data`.
+    """Return the mean reward, success rate, length and collisions of the first episodes in `data`.
 
-    `data` is a TensorDict of shape (environments, steps). The return is averaged over agents. A
-    collision is a step in which an agent touches another one; they are counted for each agent.
+    `data` is a TensorDict of shape (environments, steps). Rewards are summed over an episode and
+    averaged over agents. A collision is a step in which an agent touches another one, counted per
+    agent.
     """
     done = data["next", "done"].squeeze(-1)  # (environments, steps)
     first = done.cumsum(1) - done.int() == 0  # True up to the first done
@@ -1213,14 +1230,14 @@ for iteration in progress:
 #
 # | measurement | meaning | first | last |
 # |---|---|---|---|
-# | `episode_reward` | reward per robot and episode | -0.87 to -0.25 | 2.79 to 3.10 |
+# | `episode_reward` | reward per robot per episode | -0.87 to -0.25 | 2.79 to 3.10 |
 # | `success_rate` | share of successful episodes | 0.00 | 0.58 to 0.80 |
-# | `collisions` | steps in contact, per robot and episode | 0.17 to 0.81 | 0.00 to 0.10 |
+# | `collisions` | steps in contact, per robot per episode | 0.17 to 0.81 | 0.00 to 0.10 |
 # | `loss_critic` | weighted value loss | 0.0043 to 0.0174 | 0.0011 to 0.0026 |
 # | `entropy` | randomness of the actions | 1.33 | 0.90 to 0.97 |
 # | `kl_approx` | how far an update moves the policy | 0.008 to 0.014 | 0.006 to 0.009 |
 # | `clip_fraction` | share of clipped ratios | 0.11 to 0.16 | 0.07 to 0.08 |
-# | `explained_variance` | of the targets, before the update | 0.17 to 0.66 | 0.89 to 0.93 |
+# | `explained_variance` | of the value targets, before the update | 0.17 to 0.66 | 0.89 to 0.93 |
 # | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
 # What to check if yours look different:
@@ -1228,16 +1245,17 @@ for iteration in progress:
 # | you see | check |
 # |---|---|
 # | reward stays where it was | the reward key, `lr` |
-# | high reward, no success | train longer; if success was there before, read Section 10 |
+# | high reward, no success | train longer; if the robots succeeded earlier, read Section 10 |
 # | value loss grows | the scale of the rewards, `lr` |
-# | entropy drops at once | `entropy_eps`, `lr` |
+# | entropy drops right away | `entropy_eps`, `lr` |
 # | kl_approx above 0.05 or clip_fraction above 0.3 | `lr`, `num_epochs` |
 # | clip_fraction exactly 0 | whether the policy learns at all |
-# | explained variance stays below 0 | the keys of value, done and terminated |
+# | explained variance stays below 0 | the value, done and terminated keys |
 #
-# `kl_approx` is TorchRL's estimate, the mean of the old minus the new log-probability over the
-# iteration's minibatches, and can be negative. The explained variance of an untrained critic means
-# little, because its targets contain its own estimates.
+# `kl_approx` estimates the KL divergence between the old and the new policy. It is the mean of the
+# old minus the new log-probability over the iteration's minibatches, and can be negative. The
+# explained variance of an untrained critic means little, because its targets contain its own
+# estimates.
 #
 # *Question 6. What would an off-policy method do with the replay buffer that PPO must not do?*
 #
@@ -1266,7 +1284,7 @@ for key, value in evaluation["trained"].items():
 #
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
-# The trained policy, the evaluation and three pictures are saved in the run's folder.
+# The trained policy, the evaluation, two figures and a video are saved in the run's folder.
 # `learning_curve.png` shows this run. `learning_curves.png` shows all runs of this scenario in the
 # same parent folder, with this run as a thick line. `rollout.gif` is a video of one episode.
 
@@ -1306,10 +1324,10 @@ for name, shown in {"learning_curve.png": [folder.name], "learning_curves.png": 
             points = [row["frames"] for row in rows], [row[key] for row in rows]
             width = 3 if run == folder.name else 1
             axes.plot(*points, line, color=color, linewidth=width, label=label)
-        axes.set(title=f"{scenario}, in training", xlabel="frames", ylabel=key)
+        axes.set(title=f"{scenario}, during training", xlabel="frames", ylabel=key)
     panels[1].set_ylim(-0.05, 1.05)
     labels = {line.get_label(): line for line in panels[0].get_lines()}
-    panels[0].legend(labels.values(), labels.keys(), title="this run is thick")
+    panels[0].legend(labels.values(), labels.keys(), title="thick line: this run")
     save_whole(name, lambda path, figure=figure: figure.savefig(path, format="png"))
 
 scene, images = make_env(1, evaluation_seed), []
@@ -1320,7 +1338,7 @@ try:
             images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
             data = scene.step_mdp(scene.step(policy(data)))
         images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
-except Exception as error:  # VMAS's renderer raises many kinds
+except Exception as error:  # VMAS's renderer raises many kinds of them
     print(
         f"No rollout.gif, because VMAS could not render ({type(error).__name__}: {error}). "
         "If OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
@@ -1334,7 +1352,7 @@ else:
         "loop": 0,
     }
     save_whole("rollout.gif", lambda path: images[0].save(path, **gif))
-    if "get_ipython" in globals():  # notebooks show figures by themselves, but no video
+    if "get_ipython" in globals():  # notebooks display figures by themselves, but not videos
         from IPython.display import Image as Video
         from IPython.display import display
 
@@ -1342,16 +1360,17 @@ else:
 
 # %% [markdown]
 # ---
-# ## 10. MAPPO against IPPO
-# Now flip the flag. First write down which success rates you expect after 10 and after 15
-# iterations. Then run both. In a notebook, change `mappo` and `n_iters` in Section 1 instead.
+# ## 10. MAPPO vs. IPPO
+# Now compare the two. Before you flip the flag, write down the success rates that you expect after
+# 10 and 15 iterations. Then run both commands or, in a notebook, change `mappo` and `n_iters` in
+# Section 1.
 #
 # ```
 # python train_mappo.py --n-iters 15
 # python train_mappo.py --no-mappo --n-iters 15
 # ```
 #
-# The `learning_curves.png` of the second run shows both. One seed proves little. Repeat the
+# `learning_curves.png` in the second run's folder shows both. One seed proves little. Repeat the
 # commands with `--seed 1` and so on to see the spread, or look at ours. These are the success rates
 # of ten seeds, and study/README.md has every run.
 #
@@ -1367,7 +1386,7 @@ else:
 # All robots drive to their goals at the same time. A local critic sees one robot. When that robot
 # is near its goal, the others usually are as well, and there is little left to earn for *anybody*.
 # So V_i drops when robot i moves closer, even if only robot i has moved. The drop is right on
-# average, but wrong as a judgment of this one action, because the others are still where they were.
+# average, but wrong as a judgment of this one action, because the other robots got no closer.
 #
 # Suppose a robot moves closer by one unit. It earns 1, and its critic lowers its estimate of the
 # rest by s, the *slope* of the value:
@@ -1391,9 +1410,9 @@ else:
 
 # %%
 def value_slope(step=0.05):
-    """Return by how much V_i drops per unit of distance that only robot i is closer to its goal.
+    """Return how much V_i drops per unit of distance when only robot i moves closer to its goal.
 
-    The mean over robots and frames of one new batch, where the robot is farther than 0.1.
+    This is the mean over one new batch, for robots that are more than 0.1 away.
     """
     env.set_seed(seed_for("slope"))
     torch.manual_seed(seed_for("slope"))
@@ -1451,8 +1470,8 @@ if navigation:
 #
 # Is the slope the cause? Two findings support it. On every seed, IPPO's success rate in training
 # peaks within two iterations of the slope passing 1.1. And IPPO does not forget with individual
-# rewards, with a shorter horizon, or when arrivals are bootstrapped like time limits, which keeps
-# the slope at 1.0. This is an argument and not a proof, and it rests on one task.
+# rewards, with a shorter horizon, or when successes are bootstrapped as if they were time limits,
+# which keeps the slope at 1.0. This is evidence and not proof, and it rests on a single task.
 #
 # Is it this file's fault? TorchRL's own tutorial has other settings and stops after 5 iterations.
 # If you let it run longer, it forgets as well. This is its training reward, the mean of ten seeds:
@@ -1477,11 +1496,11 @@ if navigation:
 # The exercises in teaching/ have one more. There you give the local critic a single additional
 # number, the remaining distance of the other robots, and it does not forget.
 #
-# ### When does a centralized critic pay?
+# ### When does a centralized critic pay off?
 # When much of an agent's return depends on what it cannot observe, over a horizon long enough for
 # that to matter. Then show the critic just that. In the scenario *reverse_transport* each robot
-# sees the package that the team is rewarded for. There IPPO learns as fast as MAPPO and does not
-# forget. In both papers, too, IPPO is often as good as MAPPO. Before you compare numbers with
+# sees the package that the team is rewarded for moving. There IPPO learns as fast as MAPPO and does
+# not forget. In both papers, too, IPPO is often as good as MAPPO. Before you compare numbers with
 # theirs, note what differs:
 #
 # | | this file | Yu et al. (2022) |
@@ -1489,15 +1508,15 @@ if navigation:
 # | tasks | navigation | StarCraft, Hanabi, football, particle worlds |
 # | input of the critic | joined observations | in StarCraft, global state and agent features |
 # | value normalization | no | running statistics of the returns |
-# | value loss | smooth L1 | Huber loss with delta 10, change of the value clipped |
+# | value loss | smooth L1 | Huber loss with delta 10, clipped value updates |
 # | epochs per batch | 30 | 5 to 15, fewer in harder tasks |
 # | minibatches | 15 | mostly 1 |
 #
 # ---
 # ## Answers
 # 1. `6000 / 400 * 30 = 450`, because 30 epochs of 15 minibatches each use every frame once.
-# 2. It would learn the reward of that step alone. It cannot know, because no observation contains
-#    the time. So it would undervalue states in which episodes often run out of time.
+# 2. It would learn the reward of that step alone. It could not know, because no observation
+#    contains the time. So it would undervalue states in which episodes often run out of time.
 # 3. `18*256 + 256 + 256*256 + 256 + 256*4 + 4 = 71684`, and three times as many without sharing.
 # 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, whatever the size of the team.
 # 5. One. The advantage is then r_i + gamma V_i' - V_i.

@@ -72,7 +72,7 @@ def test_hyperparameters_of_any_kind_are_kept_by_the_run(changed, tmp_path, capf
     with pytest.raises(SystemExit):
         run_inside(*words, path=script)
     err = capfd.readouterr().err
-    assert "betas is [0.1, 0.9], but must be [0.5, 0.9] as in the run" in err
+    assert "betas is [0.1, 0.9], but must be [0.5, 0.9], as in the run" in err
 
 
 def test_a_value_that_json_cannot_hold_is_refused(changed, tmp_path, capfd):
@@ -251,7 +251,7 @@ def test_too_many_agents_for_the_world_are_said_in_one_sentence(changed, tmp_pat
     script = changed(before_the_loop=own + "after_iteration.insert(0, full)")
     _, err = finish(start(*options(run_folder=tmp_path / "run"), program=[script]), 1)
     assert "Traceback" not in err
-    said = "train_mappo.py: n_agents is 3, but must be fewer: VMAS found no room for all"
+    said = "train_mappo.py: n_agents is 3, but must be smaller: VMAS found no room for all of them"
     assert err.splitlines()[-1] == said
 
 

@@ -79,7 +79,7 @@ def test_going_on_with_another_number_of_processes_is_said(two, lean, tmp_path, 
     shutil.copytree(two[0] / ("run" if before == 2 else "run of one"), tmp_path / "run")
     out, _ = in_processes(now, lean, tmp_path, "--n-iters", 4)
     assert "3 of 4 iterations are done" in out
-    assert f"It had {before} process(es) and now has {now}" in out
+    assert f"It used {before} process(es) and now uses {now}" in out
     assert len(load(tmp_path / "run")["history"]) == 4
     settings = json.loads((tmp_path / "run" / "hyperparameters.json").read_text())
     assert settings["world_size"] == now
@@ -96,7 +96,9 @@ def test_a_job_that_is_refused_says_why(two, lean, tmp_path):
     """With the rank of the process that says it; all of them end, and the run is as it was."""
     shutil.copytree(two[0] / "run", tmp_path / "run")
     _, err = in_processes(2, lean, tmp_path, "--num-cells", 64, status=1)
-    sentence = r"train_mappo.py, process [01]: error: num_cells is 64, but must be 32 as in the run"
+    sentence = (
+        r"train_mappo.py, process [01]: error: num_cells is 64, but must be 32, as in the run"
+    )
     assert re.search(sentence, err)
     assert_same(tmp_path / "run", two[0] / "run")
 

@@ -88,4 +88,4 @@ def test_unlike_agents_are_refused(outcome, scenario):
     """Nothing is trained; one sentence names the option to change."""
     status, err, files, _ = outcome[scenario]
     assert status == 2 and files == set()
-    assert f"scenario_name is '{scenario}', but must be a scenario with one team" in err
+    assert f"scenario_name is '{scenario}', but must be one with a single team" in err
