@@ -113,21 +113,38 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture(scope="session")
-def lean(tmp_path_factory):
-    """Return a copy of the script without the probe of Section 4, which takes seconds each time."""
-    path = tmp_path_factory.mktemp("lean") / "train_mappo.py"
+def copy_without(folder, *beginnings):
+    """Write a copy of the script without the cells that begin so; return its path."""
     text = SCRIPT.read_text(encoding="utf-8")
-    cell = re.search(r"\n# %%\ndef explained_variance_of.*?(?=\n# %%)", text, re.DOTALL)[0]
-    path.write_text(text.replace(cell, ""), encoding="utf-8")
+    for beginning in beginnings:
+        cell = re.search(rf"\n# %%\n{re.escape(beginning)}.*?(?=\n# %%)", text, re.DOTALL)[0]
+        text = text.replace(cell, "")
+    path = folder / "train_mappo.py"
+    path.write_text(text, encoding="utf-8")
     return path
 
 
+PROBE = "def explained_variance_of"
+PICTURES = "import csv\n\nfrom PIL import Image"
+
+
 @pytest.fixture(scope="session")
-def mappo(tmp_path_factory, lean):
+def lean(tmp_path_factory):
+    """Return a copy of the script without the probe of Section 4 and the pictures, to save time."""
+    return copy_without(tmp_path_factory.mktemp("lean"), PROBE, PICTURES)
+
+
+@pytest.fixture(scope="session")
+def drawing(tmp_path_factory):
+    """Return a copy of the script that draws its pictures, without the probe."""
+    return copy_without(tmp_path_factory.mktemp("drawing"), PROBE)
+
+
+@pytest.fixture(scope="session")
+def mappo(tmp_path_factory, drawing):
     """Return the global names of the script after a short MAPPO run."""
     words = options(run_folder=tmp_path_factory.mktemp("mappo") / "run")
-    return run_inside(*words, path=lean)
+    return run_inside(*words, path=drawing)
 
 
 @pytest.fixture(scope="session")

@@ -229,17 +229,17 @@ def test_collisions_are_not_counted_where_they_have_no_price(option, lean, tmp_p
     assert "collisions" not in rows(tmp_path / "run")[0]
 
 
-def test_one_iteration_draws_a_visible_curve(mappo, lean, tmp_path):
+def test_one_iteration_draws_a_visible_curve(drawing, tmp_path):
     """A line of one point has no length, but it has a marker; a neighbor is drawn beside it."""
     import matplotlib.pyplot as plt
 
-    run_inside(*options(n_iters=1, run_folder=tmp_path / "one"), path=lean)
+    run_inside(*options(n_iters=1, run_folder=tmp_path / "one"), path=drawing)
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
         axes = plt.Axes
         plot = axes.plot
         patch.setattr(axes, "plot", lambda *a, **k: drawn.extend(plot(*a, **k)) or drawn[-1:])
-        run_inside(*options(n_iters=1, run_folder=tmp_path / "two", mappo=None)[:-1], path=lean)
+        run_inside(*options(n_iters=1, run_folder=tmp_path / "two"), path=drawing)
     assert all(line.get_marker() == "." for line in drawn)
     assert sorted({line.get_linewidth() for line in drawn}) == [1, 3]
 

@@ -344,9 +344,14 @@ def test_there_is_no_slope_outside_navigation(lean, tmp_path, capfd):
 
 def test_training_beats_the_untrained_policy(lean, tmp_path):
     """A tenth of the default work already earns far more; a policy that learns nothing gains 0."""
-    given = {"max_steps": 100, "frames_per_batch": 6000, "minibatch_size": 400, "num_epochs": 10}
+    given = {"max_steps": 100, "frames_per_batch": 6000, "minibatch_size": 600, "num_epochs": 8}
     words = options(
-        **given, n_iters=3, evaluation_episodes=50, num_cells=256, run_folder=tmp_path / "run"
+        **given,
+        n_iters=3,
+        evaluation_episodes=50,
+        num_cells=64,
+        lr=2e-3,
+        run_folder=tmp_path / "run",
     )
     evaluation = run_inside(*words, path=lean)["evaluation"]
     gain = evaluation["trained"]["episode_reward"] - evaluation["untrained"]["episode_reward"]

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from conftest import PROGRAMS, assert_same, finish, load, options, rows, start
+from conftest import PROGRAMS, assert_same, finish, load, options, rows, run_inside, start
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
 
@@ -109,9 +109,9 @@ def test_a_process_that_fails_says_why_and_which_it_is(lean, tmp_path):
     assert "[rank1]: OSError: the disk is gone" in err
 
 
-def test_variables_of_another_launcher_do_no_harm(lean, tmp_path, monkeypatch):
+def test_variables_of_another_launcher_do_no_harm(lean, tmp_path, monkeypatch, capfd):
     """RANK and WORLD_SIZE alone, as some schedulers set them, do not make a job of many."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    out, _ = finish(start(*options(n_iters=1, run_folder=tmp_path / "run"), program=[lean]))
-    assert "New run: " in out
+    run_inside(*options(n_iters=1, run_folder=tmp_path / "run"), path=lean)
+    assert "New run: " in capfd.readouterr().out
