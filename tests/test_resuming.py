@@ -62,7 +62,7 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp
     """
     words = options(n_iters=12, run_folder=tmp_path / "run")
     kills = [["before", 1], ["after", 1], ["archive", 9], ["before", 2], ["after", 2]]
-    kills += [["update", 5], ["archive", 30], ["before", 3], ["after", 4], ["before", 5]]
+    kills += [["update", 5], ["archive", 30], ["before", 4], ["after", 5]]
     statuses, _ = stop_at(kills, lean, *words)
     assert statuses == [-signal.SIGKILL] * len(kills)
     assert len(load(tmp_path / "run")["history"]) in range(1, 12)

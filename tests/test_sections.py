@@ -49,7 +49,7 @@ def test_the_method_runs_alone(tmp_path):
     """In a Jupyter kernel, without the engineering: a policy that moved and its evaluation."""
     client = kernel(tmp_path)
     with client.setup_kernel():
-        shown = run_cells(client, without("engineering"))
+        shown = run_cells(client, without("engineering", defining=PROBE))
         check = "print(len(history), (policy.state_dict()['module.0.module.0.params.0.weight'] - "
         check += "untrained_policy.state_dict()['module.0.module.0.params.0.weight']).any().item())"
         assert texts(run_cells(client, [check]), "stdout") == "2 True\n"
