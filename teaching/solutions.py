@@ -41,7 +41,7 @@ def close(answer, expected, tolerance=1e-4):
     """Return True if an answer is a tensor or number that is close to the expected one."""
     if answer is None:
         return False
-    answer, expected = torch.as_tensor(answer), torch.as_tensor(expected)
+    answer, expected = torch.as_tensor(answer).float(), torch.as_tensor(expected).float()
     return answer.shape == expected.shape and torch.allclose(answer, expected, atol=tolerance)
 
 
@@ -86,7 +86,8 @@ check(
 )
 check(
     close(values, critics["MAPPO"](observation).detach()),
-    "Exercise 1: the values differ from MultiAgentMLP's. Is there a tanh after the last layer?",
+    "Exercise 1: the values differ from MultiAgentMLP's. A tanh belongs between the layers, not "
+    "after the last one. Join the observations agent by agent.",
 )
 print("Exercise 1 is right.")
 
@@ -107,10 +108,11 @@ for name, critic in critics.items():
     check(prediction[name] is not None, f"Exercise 2: write down your prediction for {name}.")
     moved = (critic(changed) - critic(observation)).abs().amax(dim=(0, 2)) > 0
     agents = moved.nonzero().flatten().tolist()
+    check(isinstance(prediction[name], list), "Exercise 2: write a list of agents, such as [0].")
     check(
         sorted(prediction[name]) == agents,
         f"Exercise 2: with {name} the values of agents {agents} change. What does the critic of "
-        "agent 0 receive?",
+        "each agent receive?",
     )
 print("Exercise 2 is right.")
 
@@ -153,14 +155,19 @@ def explained_variance(centralized, make_target, n_agents=8):
 
 
 targets = {"sum": lambda x: x.sum(-2, keepdim=True).expand_as(x), "own": lambda x: x}
+hints = {
+    ("IPPO", "sum"): "Which share of the variance of a sum of n numbers comes from one of them?",
+    ("IPPO", "own"): "Does the critic observe this number?",
+    ("MAPPO", "sum"): "Does the critic observe all of these numbers?",
+    ("MAPPO", "own"): "It returns one value for all. What is its best guess for n numbers?",
+}
 for (name, target), predicted in prediction.items():
     check(predicted is not None, f"Exercise 3: predict the explained variance of {name}, {target}.")
     measured = explained_variance(name == "MAPPO", targets[target])
     print(f"{name:<6} {target:<4} predicted {predicted:.2f}, measured {measured:.2f}")
     check(
         abs(measured - predicted) < 0.08,
-        f"Exercise 3: it is {measured:.2f}. Which share of the variance of a sum of n independent "
-        "numbers comes from one of them? And what is the best single guess for n different ones?",
+        f"Exercise 3: {name}, {target}: it is {measured:.2f}. {hints[name, target]}",
     )
 print("Exercise 3 is right.")
 
@@ -172,7 +179,11 @@ print("Exercise 3 is right.")
 
 # %%
 def gae(reward, value, next_value, terminated, done, gamma, lmbda):
-    """Return the advantages as a list, one for each step; the first five arguments are lists."""
+    """Return the advantages as a list, one for each step, in the order of time.
+
+    The first five arguments are lists in the same order. `next_value` has the critic's values of
+    the stored next observations, V'.
+    """
     # solution: return None
     advantages, following = [], 0.0
     for step in reversed(range(len(reward))):
@@ -191,13 +202,17 @@ def check_gae(gae):
     example = ([0, 0, 1], [0.5] * 3, [0.5, 0.5, 0.8])
     ends = {"truncated": [False] * 3, "terminated": [False, False, True]}
     expected = {"truncated": [0.1745, 0.4990, 1.22], "terminated": [0.0287, 0.175, 0.5]}
+    hints = {
+        "truncated": "Check the factor gamma * lmbda and the order of the list. A truncated step "
+        "still counts the next value.",
+        "terminated": "Only a terminated step sets the next value to 0.",
+    }
     for name, terminated in ends.items():
         answer = gae(*example, terminated, [False, False, True], 0.9, 0.5)
         check(answer is not None, "Exercise 4: fill in the blank; nothing was returned yet.")
         check(
-            close(torch.tensor(answer), torch.tensor(expected[name]), 1e-3),
-            f"Exercise 4: {name}, you have {answer}, expected {expected[name]}. Only a terminated "
-            "step sets the next value to 0. A truncated one still counts it.",
+            close(answer, expected[name], 1e-3),
+            f"Exercise 4: {name}, you have {answer}, expected {expected[name]}. {hints[name]}",
         )
     torch.manual_seed(0)
     done = torch.rand(4, 30, 1) < 0.2
@@ -217,11 +232,12 @@ def check_gae(gae):
             ends = [x[row, :, 0].tolist() for x in (terminated, done)]
             # In the last row of a batch the sum stops as well.
             ends[1][-1] = True
-            answer = torch.tensor(gae(*numbers, *ends, 0.9, 0.5))
+            answer = gae(*numbers, *ends, 0.9, 0.5)
             check(
                 close(answer, library[row, :, agent, 0], 1e-3),
                 "Exercise 4: it differs from MultiAgentGAE on a batch with several episodes in a "
-                "row. Is the next value the stored one, and not the value of the next step?",
+                "row. Does every done, also a truncation, end the sum? Is the next value the "
+                "stored one, and not the value of the next step?",
             )
 
 
@@ -264,7 +280,8 @@ print("Exercise 5 is right.")
 # %% [markdown]
 # ## 6. The clipped objective (10 minutes)
 # Write the objective. Then say in which of the six cases below the gradient with respect to the
-# ratio is 0. Each case is a pair of the advantage's sign and of where the ratio is.
+# ratio is 0. Each case is a sign of the advantage and a ratio below, inside or above the range from
+# 1 - epsilon to 1 + epsilon.
 
 
 # %%
@@ -298,8 +315,9 @@ def check_objective(clipped_objective):
     check(objective is not None, "Exercise 6: fill in the blank; nothing was returned yet.")
     check(
         close(objective.detach(), torch.tensor([0.5, 1.0, 1.2, -0.8, -1.0, -1.5])),
-        f"Exercise 6: you have {objective.tolist()}. Did you take the smaller of the two terms? "
-        "Without the min, a ratio that moved the wrong way gets no gradient back.",
+        f"Exercise 6: you have {objective.tolist()}. Return one value per sample, to be maximized. "
+        "Did you take the smaller of the two terms? Without the min, a ratio that moved the wrong "
+        "way gets no gradient back.",
     )
     return torch.autograd.grad(objective.sum(), ratio)[0]
 
@@ -309,8 +327,8 @@ for (case, answer), gradient in zip(zero_gradient.items(), gradients, strict=Tru
     check(answer is not None, f"Exercise 6: say whether the gradient is 0 for {case}.")
     check(
         answer == (gradient == 0).item(),
-        f"Exercise 6: the gradient for {case} is {gradient:.0f}. Would the objective gain anything "
-        "if the ratio moved on?",
+        f"Exercise 6: the gradient for {case} is {gradient:.0f}. Which of the two terms is "
+        "smaller, and does it change with the ratio?",
     )
 print("Exercise 6 is right.")
 
@@ -330,7 +348,7 @@ plt.show()
 # %% [markdown]
 # ## 7. The ratio of the team (2 minutes)
 # Every agent's ratio is 1.2, the border of the clipping range. What is the ratio of the joint
-# action, for teams of 3 and of 8?
+# action, for teams of 3 and of 8? Two decimals are enough.
 
 # %%
 # solution: joint_ratio = {3: None, 8: None}
@@ -353,7 +371,8 @@ print({n: round(float(ratio), 2) for n, ratio in joint_ratio.items()}, "Exercise
 # progress of all. We regress the return on the remaining distances, once on the robot's own
 # distance and once on those of all robots. The slope says how much the value drops per unit that
 # this robot alone comes closer. From the slope, compute the advantage of one unit of progress over
-# standing still. It pays 1 now, and lowers the next value, which is discounted by GAMMA.
+# standing still, with lmbda = 0. It pays 1 now, and lowers the next value, which is discounted by
+# GAMMA.
 
 # %%
 GAMMA = 0.99
@@ -395,7 +414,8 @@ check(advantage_of_progress(0.0) is not None, "Exercise 8: fill in the blank.")
 check(
     close(advantage_of_progress(0.0), 1.0) and close(advantage_of_progress(2.0), 1 - 2 * GAMMA),
     "Exercise 8: compare delta = r + gamma V' - V with that of a step that changes nothing. The "
-    "reward is larger by 1, and V' is smaller by the slope.",
+    "reward is larger by 1, and V' is smaller by the slope. The factor of 0.91 in Section 10 is "
+    "for lmbda = 0.9.",
 )
 for shared in (True, False):
     distances, returns = toy_returns(shared)
@@ -411,8 +431,9 @@ print("Exercise 8 is right. Which of the four critics would teach a robot to sta
 # %% [markdown]
 # ## 9. A whole update (15 minutes)
 # Put your pieces together. Compute the loss of one minibatch from the outputs of the networks, as
-# TorchRL's `ClipPPOLoss` does, and take one step of Adam. The check compares the weights after your
-# step with those after TorchRL's. Normalize the advantages for each agent separately.
+# TorchRL's `ClipPPOLoss` does, and return it. Normalize the advantages for each agent separately.
+# Mind the shapes, because log-probabilities have no last dimension of size 1. The next cell takes
+# one step of gradient descent with your loss and one with TorchRL's, and compares the weights.
 
 
 # %%
@@ -458,8 +479,8 @@ def make_networks():
     return policy, critic
 
 
-def weights_after_a_step(by_hand):
-    """Return all weights after one step of Adam, with `my_loss` or with `ClipPPOLoss`."""
+def weights_after_a_step(loss_by_hand=None):
+    """Return all weights after one step of SGD, by default with the loss of `ClipPPOLoss`."""
     policy, critic = make_networks()
     torch.manual_seed(2)
     frames = TensorDict({"agents": {"observation": torch.randn(64, 3, 6)}}, [64])
@@ -478,8 +499,8 @@ def weights_after_a_step(by_hand):
         functional=False,
     )
     loss_module.set_keys(value=("agents", "state_value"))
-    adam = torch.optim.Adam(loss_module.parameters(), lr=1e-2)
-    if by_hand:
+    sgd = torch.optim.SGD(loss_module.parameters(), lr=1.0)
+    if loss_by_hand:
         data = {
             "action": frames["agents", "action"],
             "old_log_prob": frames["agents", "action_log_prob"],
@@ -487,21 +508,27 @@ def weights_after_a_step(by_hand):
             "value_target": frames["value_target"],
         }
         values = critic(frames.clone())["agents", "state_value"]
-        loss = my_loss(policy.get_dist(frames), values, data)
+        loss = loss_by_hand(policy.get_dist(frames), values, data)
         check(loss is not None, "Exercise 9: fill in the blank; nothing was returned yet.")
     else:
         losses = loss_module(frames)
         loss = losses["loss_objective"] + losses["loss_critic"]
     loss.backward()
-    adam.step()
+    sgd.step()
     return torch.cat([parameter.detach().flatten() for parameter in loss_module.parameters()])
 
 
-check(
-    close(weights_after_a_step(True), weights_after_a_step(False), 1e-4),
-    "Exercise 9: the weights differ. The objective is maximized, the value loss minimized with its "
-    "weight critic_coeff. Are advantages normalized over the frames, for each agent?",
-)
+def check_loss(my_loss):
+    """Compare the weights after a step with a function like `my_loss` to those with TorchRL's."""
+    check(
+        close(weights_after_a_step(my_loss), weights_after_a_step(), 1e-4),
+        "Exercise 9: the weights differ. The objective is maximized, the value loss minimized with "
+        "its weight critic_coeff, and both are means. Are the advantages normalized over the "
+        "frames, for each agent?",
+    )
+
+
+check_loss(my_loss)
 print("Exercise 9 is right. You have written MAPPO's update.")
 
 # %% [markdown]

@@ -123,6 +123,35 @@ def test_typical_mistakes_in_the_objective_fail(solved):
             solved[-1]["check_objective"](mistake)
 
 
+@pytest.mark.parametrize(
+    "right, wrong",
+    [
+        ("critic_coeff * ", ""),
+        ("return -obj", "return 100 * -obj"),
+        ("epsilon).mean()", "epsilon).sum()"),
+        ("advantage.mean(0)) / advantage.std(0)", "advantage.mean()) / advantage.std()"),
+        ("advantage.std(0)", "advantage.std(0, unbiased=False)"),
+        ("advantage = (advantage - advantage.mean(0)) / advantage.std(0)", "pass"),
+    ],
+)
+def test_typical_mistakes_in_the_loss_fail(solved, right, wrong):
+    [source] = [one for one in code(SOLUTIONS) if one.startswith("def my_loss")]
+    assert source.count(right) == 1
+    space = dict(solved[-1])
+    exec(source.replace(right, wrong), space)
+    with pytest.raises(AssertionError, match="^Exercise 9: the weights differ"):
+        space["check_loss"](space["my_loss"])
+
+
+@pytest.mark.parametrize("answer", [1, [0], "1"])
+def test_a_wrong_prediction_of_the_agents_fails(solved, answer):
+    cells = code(SOLUTIONS)
+    [number] = [i for i, one in enumerate(cells) if "Exercise 2: write a list" in one]
+    space = {**solved[number - 2], "prediction": {"MAPPO": [2, 0, 1], "IPPO": answer}}
+    with pytest.raises(AssertionError, match="^Exercise 2: "):
+        exec(cells[number], space)
+
+
 @pytest.mark.parametrize("name", ["lesson", "exercises", "solutions"])
 def test_the_notebooks_are_whole(name):
     """They validate, hold no error, no path and no progress bar, and are short enough to show."""
