@@ -251,7 +251,7 @@ def test_too_many_agents_for_the_world_are_said_in_one_sentence(changed, tmp_pat
     script = changed(before_the_loop=own + "after_iteration.insert(0, full)")
     _, err = finish(start(*options(run_folder=tmp_path / "run"), program=[script]), 1)
     assert "Traceback" not in err
-    said = "train_mappo.py: n_agents is 3, but must be smaller: VMAS found no room for all of them"
+    said = "train_mappo.py: n_agents is 3, but must be smaller: VMAS found no room for all"
     assert err.splitlines()[-1] == said
 
 

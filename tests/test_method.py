@@ -335,9 +335,29 @@ def test_the_slope_of_a_critic_that_counts_the_distance_is_known(mappo, ippo, mo
             assert script["value_slope"]() == pytest.approx(slope, abs=1e-3)
 
 
-def test_there_is_no_slope_outside_navigation(lean, tmp_path, capfd):
-    words = options(run_folder=tmp_path / "run", scenario_name="balance", n_iters=1)
-    run_inside(*words, path=lean)
+@pytest.mark.parametrize("gamma, lmbda", [(0.99, 0.9), (0.99, 0.0), (0.9, 0.9), (0.95, 0.5)])
+def test_the_advantage_of_progress_is_the_sum_of_gae(mappo, monkeypatch, gamma, lmbda):
+    """The reward, the lower next value, and what later steps give back (the geometric series)."""
+    space = mappo["advantage_of_progress"].__globals__
+    for name, value in {"gamma": gamma, "lmbda": lmbda, "max_steps": 400}.items():
+        monkeypatch.setitem(space, name, value)
+    cost = gamma - (1 - gamma) * gamma * lmbda / (1 - gamma * lmbda)
+    for slope in (0.0, 0.4, 1.5):
+        found = mappo["advantage_of_progress"](slope)
+        assert found == pytest.approx(1 - cost * slope, abs=1e-4)
+
+
+def test_the_last_cell_works_without_discount(lean, tmp_path, capfd):
+    """The series diverges there; the advantage of progress does not."""
+    run_inside(*options(run_folder=tmp_path / "run", n_iters=1, gamma=1, lmbda=1), path=lean)
+    assert "advantage of a unit of progress: 1 - 1.00 s" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "other", [{"scenario_name": "balance"}, {"scenario_options": '{"observe_all_goals": true}'}]
+)
+def test_there_is_no_slope_where_numbers_4_and_5_are_not_the_goal(lean, tmp_path, capfd, other):
+    run_inside(*options(run_folder=tmp_path / "run", n_iters=1, **other), path=lean)
     out = capfd.readouterr().out
     assert "The results are in" in out and "slope of the value" not in out
 

@@ -69,7 +69,7 @@ def test_quoted_outputs_are_what_the_cells_print(printed):
     quoted = {
         source: found[algorithm] for source, found in quoted_outputs().items() if algorithm in found
     }
-    assert len(quoted) >= 8
+    assert len(quoted) >= 7
     for source, lines in quoted.items():
         real = found[source]
         if "value_slope" in assigned_names(source):
@@ -81,7 +81,7 @@ def test_quoted_signs_and_equal_columns_are_real(printed):
     """Values, rewards, advantages and losses before training are the same but for rounding."""
     algorithm, found = printed
     for source, lines in quoted_outputs().items():
-        if assigned_names(source) & {"evaluation", "value_slope"}:
+        if algorithm not in lines or assigned_names(source) & {"evaluation", "value_slope"}:
             continue  # these depend on the training
         numbers = [float(one) for line in lines[algorithm] for one in NUMBER.findall(line)]
         real = [float(one) for line in found[source] for one in NUMBER.findall(line)]
@@ -93,7 +93,7 @@ def test_quoted_signs_and_equal_columns_are_real(printed):
 def test_one_situation_has_one_value_for_mappo_and_three_for_ippo(printed):
     """The lesson in one line: what the cell of Section 4 prints."""
     algorithm, found = printed
-    [line] = [line for lines in found.values() for line in lines if line.startswith("values of")]
+    [line] = [line for lines in found.values() for line in lines if line.startswith("values in")]
     assert len(set(NUMBER.findall(line))) == (1 if algorithm == "MAPPO" else 3)
 
 
