@@ -155,7 +155,7 @@ logger = ""  # also log to "tensorboard", "wandb", "mlflow", "trackio" or "csv"
 # %%
 rank, world_size = 0, 1  # the index of this process, and the number of processes
 before_training = []  # functions to call once, before the training loop
-after_iteration = []  # functions to call after each iteration, with its measurements
+after_iteration = []  # functions to call after each iteration, with its metrics
 
 # %% [markdown]
 # ---
@@ -439,7 +439,7 @@ def explain_the_end(kind, error, trace):
 
 
 def write_tables():
-    """Write hyperparameters.json and, once there are measurements, metrics.csv."""
+    """Write hyperparameters.json and, once there are metrics, metrics.csv."""
     record = {name: as_json(name) for name in hyperparameters}
     record = json.dumps({**record, **the_job, "world_size": world_size}, indent=2)
     save_whole("hyperparameters.json", lambda path: path.write_text(record, "utf-8"))
@@ -498,7 +498,7 @@ def start_or_resume():
 
 
 def save_iteration(row):
-    """Average the measurements over the processes, then save a checkpoint, the tables and the log.
+    """Average the metrics over the processes, then save a checkpoint, the tables and the log.
 
     It runs last in `after_iteration`, so that it also saves what others have put into `row`.
     """
@@ -1136,7 +1136,7 @@ algorithm = "MAPPO" if mappo else "IPPO"
 scenario = getattr(scenario_name, "__name__", scenario_name)
 run_name = f"{algorithm.lower()}-{scenario}-seed{seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
 folder = Path(run_folder or f"runs/{run_name}")
-history = []  # a dictionary of measurements for each iteration
+history = []  # a dictionary of metrics for each iteration
 
 
 def save_whole(name, save):
@@ -1231,11 +1231,11 @@ for iteration in progress:
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", success_key)})
 
 # %% [markdown]
-# ### Read the measurements
+# ### Read the metrics
 # `history` has one row per iteration, which the engineering cell also writes to `metrics.csv`.
 # These are the first and last rows of default MAPPO runs, given as ranges over ten seeds.
 #
-# | measurement | meaning | first | last |
+# | metric | meaning | first | last |
 # |---|---|---|---|
 # | `episode_reward` | reward per robot per episode | -0.87 to -0.25 | 2.79 to 3.10 |
 # | `success_rate` | fraction of successful episodes | 0.00 | 0.58 to 0.80 |
