@@ -91,7 +91,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at the INFO level, it 
 # called *centralized training with decentralized execution*, or CTDE. Seeing more is not always
 # better. On many tasks of these two papers, IPPO does as well as MAPPO.
 #
-# These symbols and words are used throughout. The index i runs over the agents. The sizes are
+# These symbols and terms are used throughout. The index i runs over the agents. The sizes are
 # those of the default run.
 #
 # | symbol | meaning | key in the data | size for each agent |
@@ -103,7 +103,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at the INFO level, it 
 # | V_i' | the critic's value after the step | `("next", "agents", "state_value")` | 1 |
 # | A_i | advantage, how much better than predicted | `"advantage"` | 1 |
 #
-# | word | meaning |
+# | term | meaning |
 # |---|---|
 # | frame | one step of one environment, in which all agents act |
 # | episode | from a reset until all robots are at their goals, or time runs out |
@@ -164,9 +164,10 @@ after_iteration = []  # functions to call after each iteration, with its metrics
 # Section 1 into command-line options, rejects invalid values, saves and resumes checkpoints, logs,
 # and distributes the work under `torchrun`.
 #
-# The two connect at a few points. This cell sets `rank` and `world_size`, and appends a function to
-# each of the two lists above, which the training loop in Section 8 calls. These functions read
-# variables of the lesson, such as the policy. Under `torchrun`, they also share out the work.
+# The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
+# `world_size`, and appends a function to each of the two lists above, which the training loop in
+# Section 8 calls. These functions read variables from the lesson, such as the policy. Under
+# `torchrun`, the cell also divides the work among the processes.
 
 # %% jupyter={"source_hidden": true}
 import argparse
@@ -573,7 +574,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # | 4, 5 | its position minus its goal |
 # | 6 to 17 | lidar readings in twelve directions, larger when another robot is closer |
 #
-# The reward of a step has three parts:
+# The reward for each step has three parts:
 #
 # | part | paid to | amount |
 # |---|---|---|
@@ -594,7 +595,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 #
 # Running out of time does not end an episode the way a success does. After a *termination*,
 # nothing more can be earned, so the value of what follows is 0. A *truncated* episode could have
-# continued, so the critic's estimate of the rest still counts. VMAS would report both as
+# continued, so the critic's estimate of the rest still counts. By itself, VMAS reports both as
 # terminated. Here the transform `StepCounter` applies the time limit and keeps the two apart.
 
 
@@ -618,7 +619,7 @@ def make_env(num_envs, seed):
     return simulator.append_transform(StepCounter(max_steps))
 
 
-num_vmas_envs = frames_per_batch // max_steps  # so a batch has room for a full episode of each
+num_vmas_envs = frames_per_batch // max_steps  # so a batch has room for a full episode from each
 env = make_env(num_vmas_envs, seed_for("environment"))
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # shape, type and bounds
@@ -866,8 +867,8 @@ for label, centralized, share_params in [
 # A local critic cannot see the other agents' numbers, so it explains only a third of the sum's
 # variance. A shared value cannot tell the agents apart, so it explains only a third of the variance
 # of each agent's own number. A separate centralized critic for each agent predicts both, but has
-# three times as many weights to learn. Another remedy is to add the agent's ID, or its own
-# observation once more, to the input of a shared one.
+# three times as many weights to learn. Another remedy is to add the agent's ID, or a second
+# copy of its own observation, to the input of a shared critic.
 #
 # This probe shows what a critic *can* know. What a wrong value does to the policy is a different
 # question, which Section 10 returns to.
@@ -1031,8 +1032,8 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # *Clipping.* If an action was good, nothing is gained by making it more than 1 + clip_epsilon times
 # as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as
 # likely. The min keeps the gradient where the ratio has moved in the wrong direction, for example
-# where a good action has become less likely. Clipping does
-# not force the ratios to stay near 1. It only removes the incentive to leave.
+# where a good action has become less likely. Clipping does not force the ratios to stay near 1. It
+# only removes the incentive to leave.
 #
 # *Several agents.* We clip each agent's ratio separately, even though all policies change at once.
 # The joint ratio of the team is the product of the agents' ratios, and it strays further from 1 the
@@ -1116,7 +1117,7 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # loss_entropy    -0.00013
 # ```
 #
-# With IPPO, the numbers differ a little and the computation is the same. TorchRL also has classes
+# With IPPO, the numbers differ a little, but the computation is the same. TorchRL also has classes
 # named `MAPPOLoss` and `IPPOLoss`. Both are this loss with defaults for teams. They normalize
 # advantages for each agent and use `MultiAgentGAE`. They can also normalize the values.
 #
@@ -1296,7 +1297,7 @@ for key, value in evaluation["trained"].items():
 # The trained policy, the evaluation, two figures and a video are saved in the run's folder.
 # `learning_curve.png` shows this run. `learning_curves.png` shows all runs of this scenario in the
 # same parent folder, with this run as a thick line. `rollout.gif` is a video of one episode. The
-# second of the next two cells only draws, so skip it if you read this for the method.
+# second of the next two cells only draws these pictures, so skip it if you are here for the method.
 
 # %%
 folder.mkdir(parents=True, exist_ok=True)
@@ -1396,8 +1397,8 @@ else:
 # How far would the value drop if the critic saw everything? Suppose a robot moves one unit closer.
 # It earns 1 now and has one unit less to go. At constant speed, it would have earned that unit at
 # the end of its drive, in T steps. Today, that unit is worth gamma^T, so the value drops by
-# gamma^T, which is at most 1. A critic that also writes off the others' progress drops further.
-# Call the drop per unit the *slope* s of the value:
+# gamma^T, which is at most 1. If the critic also writes off the others' progress, its value drops
+# further. Call the drop per unit the *slope* s of the value:
 #
 # ```
 #     slope s = 0.4     reward +1.0  |  value -0.4    a gain
@@ -1406,11 +1407,12 @@ else:
 #
 # Now measure the slope of the critic that you have trained. The next cell edits the critic's input
 # so that one robot is a little closer to its goal. Its velocity and lidar readings stay as they
-# were, so the critic judges situations that are slightly unlike those it has seen.
+# were, so the critic judges situations slightly different from those it has seen.
 #
-# The cell then lets TorchRL's GAE work out what the slope does to an advantage. At the step itself,
-# V_i' is lower by s, so delta has 1 - gamma s. At all later steps, both V_i and V_i' are lower, so
-# delta has s - gamma s. With the weights of GAE, this adds up to
+# The cell then uses TorchRL's GAE to compute what the slope does to an advantage. At the step in
+# which the robot moves closer, V_i' is lower by s, and delta changes by 1 - gamma s. At all later
+# steps, both V_i and V_i' are lower by s, and delta changes by s - gamma s. Weighted by GAE, these
+# changes add up to
 #
 #     1 - gamma s + (1 - gamma) s [gamma lmbda + (gamma lmbda)^2 + ...]  =  1 - 0.91 s
 
@@ -1495,15 +1497,15 @@ if navigation and not scenario_options.get("observe_all_goals"):
 # | the critic also receives the others' remaining distance, summed up | 0.99 |
 # | individual rewards | 1.00 |
 # | a shorter horizon, gamma = 0.9 | 1.00 |
-# | successes bootstrapped like time limits, which keeps the slope at 1.0 | 0.96 |
+# | successes bootstrapped like timeouts, which keeps the slope at 1.0 | 0.96 |
 #
 # The first change adds only what the local critic lacks, a single number. (You can try it yourself
 # in exercise 12 in teaching/.) This is strong evidence, not proof, and it rests on a single task.
 #
 # Is this file to blame for the forgetting? TorchRL's own tutorial has the same hyperparameters, but
-# keeps PyTorch's initialization, does not normalize advantages, weighs the value loss twice as much
-# and counts the time limit as a termination. It stops after 5 iterations. If you let it run longer,
-# its IPPO forgets the task as well. This is its training reward, averaged over ten seeds:
+# keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as
+# heavily and counts the time limit as a termination. It stops after 5 iterations. If you let it run
+# longer, its IPPO forgets the task as well. This is its training reward, averaged over ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
