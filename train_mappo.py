@@ -20,7 +20,8 @@ you flip one flag. There are four ways to start:
     python train_mappo.py --run-folder runs/mine  start a run there; the same command resumes it
     torchrun --nproc-per-node 2 train_mappo.py    one policy, trained by two processes
 
-To use it as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into one.
+To use it as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into a new
+notebook.
 """
 
 import copy
@@ -54,7 +55,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at the INFO level, it 
 # each with its own goal, and share most of the reward. After a minute or two of training on two CPU
 # cores, you get this:
 #
-# | 200 test episodes | untrained | trained with MAPPO |
+# | 200 test episodes, seed 0 | untrained | trained with MAPPO |
 # |---|---|---|
 # | success rate | 0.00 | 0.94 |
 # | steps per episode, at most 100 | 100 | 63 |
@@ -89,7 +90,7 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at the INFO level, it 
 #
 # The critic can see more than the policy, because it is not used once training is over. This is
 # called *centralized training with decentralized execution*, or CTDE. Seeing more is not always
-# better. On many tasks of these two papers, IPPO does as well as MAPPO.
+# better. On many of the tasks in these two papers, IPPO does as well as MAPPO.
 #
 # These symbols and terms are used throughout. The index i runs over the agents. The sizes are
 # those of the default run.
@@ -160,9 +161,9 @@ after_iteration = []  # functions to call after each iteration, with its metrics
 # %% [markdown]
 # ---
 # ## Engineering (skip this cell and go on to Section 2)
-# The next cell teaches you nothing about the method, and everything else runs without it. It turns
-# Section 1 into command-line options, rejects invalid values, saves and resumes checkpoints, logs,
-# and distributes the work under `torchrun`.
+# The next cell teaches you nothing about the method. It turns Section 1 into command-line options,
+# rejects invalid values, saves checkpoints and resumes from them, writes and logs the metrics, and
+# distributes the work under `torchrun`. Without it, everything else runs and learns the same.
 #
 # The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
 # `world_size`, and appends a function to each of the two lists above, which the training loop in
@@ -606,7 +607,7 @@ def seed_for(*purpose):
 
 
 def make_env(num_envs, seed):
-    """Build `num_envs` copies of the scenario that step together, with starts drawn from `seed`."""
+    """Build a batch of `num_envs` copies of the scenario; `seed` sets their initial states."""
     own_class = isinstance(scenario_name, type)
     simulator = VmasEnv(
         scenario_name() if own_class else scenario_name,
@@ -871,7 +872,7 @@ for label, centralized, share_params in [
 # copy of its own observation, to the input of a shared critic.
 #
 # This probe shows what a critic *can* know. What a wrong value does to the policy is a different
-# question, which Section 10 returns to.
+# question, which Section 10 takes up.
 #
 # What a centralized critic does not do:
 #
@@ -955,13 +956,13 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #
 # | error | changes A_i(left) by | changes A_i(right) by | effect on the policy |
 # |---|---|---|---|
-# | V_i is too high by 1 where the robot is | -1 | -1 | none, on average |
-# | V_i' is too high by 1 where left leads | gamma (1 - lmbda) | 0 | it learns to go left |
+# | V_i is too high by 1 before the robot moves | -1 | -1 | none, on average |
+# | V_i' is too high by 1 after the robot went left | gamma (1 - lmbda) | 0 | it learns to go left |
 #
 # The first error is the same for both actions, so it averages out. The second one depends on where
-# the action led, so it does not. The next step's delta takes back a part of it, since V_i' is then
-# the baseline. With lmbda = 1 it takes back all, but advantages are noisy. Remember this second
-# role for Section 10.
+# the action led, so it does not. The next step's delta cancels part of it, since V_i' is then the
+# baseline. With lmbda = 1, the later deltas cancel all of it, but the advantages are noisy.
+# Remember this second role for Section 10.
 #
 # `MultiAgentGAE` computes this for all agents, and broadcasts the team's flags to them.
 
@@ -1017,8 +1018,8 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #
 # Under MAPPO, all robots have the same value and nearly the same reward, and hence nearly the same
 # advantage. How does a robot learn what *it* did right? It needs many frames. Its own good actions
-# raise the shared advantage. The others' actions raise or lower it whatever this robot does, so
-# their effects average out.
+# raise the shared advantage. The others' actions raise or lower it mostly regardless of what this
+# robot does, so their effects average out.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1262,10 +1263,10 @@ for iteration in progress:
 # | kl_approx above 0.05 or clip_fraction above 0.3 | `lr`, `num_epochs` |
 # | explained variance stays below 0 | the value, done and terminated keys |
 #
-# `kl_approx` estimates the KL divergence between the old and new policies. It is the mean of the
-# old minus the new log-probability over the iteration's minibatches, and can be negative. The
-# explained variance of an untrained critic means little, because its targets contain its own
-# estimates.
+# `kl_approx` estimates the KL divergence between the old and new policies. It is the old
+# log-probability minus the new one, averaged over the iteration's minibatches, and it can be
+# negative. The explained variance of an untrained critic means little, because its targets contain
+# its own estimates.
 #
 # *Question 6. What would an off-policy method do with the replay buffer that PPO must not do?*
 #
@@ -1304,7 +1305,7 @@ folder.mkdir(parents=True, exist_ok=True)
 policy_options = {"n_agent_outputs": 2 * n_actions, "centralized": False}
 policy_options["share_params"] = share_parameters_policy
 saved_policy = {"network": {**network_options, **policy_options}, **action_bounds}
-saved_policy["state_dict"] = policy[0].module[0].state_dict()  # of its MultiAgentMLP
+saved_policy["state_dict"] = policy[0].module[0].state_dict()
 save_whole("policy.pt", lambda path: torch.save(saved_policy, path))
 save_whole("evaluation.json", lambda path: path.write_text(json.dumps(evaluation, indent=2)))
 print(f"The results are in {folder}")
@@ -1374,9 +1375,9 @@ else:
 # python train_mappo.py --no-mappo --n-iters 15
 # ```
 #
-# `learning_curves.png` in the second run's folder shows both during training. One seed proves
-# little. Repeat the commands with `--seed 1` and so on to see the spread, or look at ours. These
-# are mean success rates over ten seeds, in test episodes. You will find every run in
+# `learning_curves.png` in the second run's folder shows the training curves of both runs. One seed
+# proves little. Repeat the commands with `--seed 1` and so on to see the spread, or look at ours.
+# These are mean success rates over ten seeds, in test episodes. You will find every run in
 # study/README.md.
 #
 # | | 10 iterations | 15 | 20 | worst run after 10 | worst after 15 |
@@ -1390,31 +1391,39 @@ else:
 # ### Success looks like a loss
 # All robots drive to their goals at the same time, and a local critic sees only one of them. When
 # that robot is near its goal, the others usually are as well, and there is little left to earn for
-# *anybody*. So V_i drops when robot i moves closer, even if no other robot has moved. As a
-# prediction from what this critic sees, that is right. As a judgment of one robot's action, it is
-# wrong, because the other robots got no closer.
+# *anybody*. So V_i drops when robot i moves closer, even if no other robot has moved.
 #
-# How far would the value drop if the critic saw everything? Suppose a robot moves one unit closer.
-# It earns 1 now and has one unit less to go. At constant speed, it would have earned that unit at
-# the end of its drive, in T steps. Today, that unit is worth gamma^T, so the value drops by
-# gamma^T, which is at most 1. If the critic also writes off the others' progress, its value drops
-# further. Call the drop per unit the *slope* s of the value:
+# Take an extreme case without discounting. Suppose that all three robots are always equally far
+# from their goals, at a distance d. The team has 3d left to earn, so a local critic learns that
+# V_i = 3d. Now a single robot moves one unit closer:
 #
 # ```
-#     slope s = 0.4     reward +1.0  |  value -0.4    a gain
-#     slope s = 1.5     reward +1.0  |  value -1.5    a loss: the policy learns to stay away
+#                             reward     value of what is left     advantage
+#     critic that sees all      +1                -1                    0
+#     local critic              +1                -3                   -2
 # ```
+#
+# As a prediction from what it sees, the local critic's value is right. As a judgment of one robot's
+# move it is wrong, because the other robots got no closer. In effect, it teaches the robot to stay
+# away.
+#
+# Call the drop of the value per unit of progress its *slope* s. If a critic sees all, its slope
+# should be at most 1, and progress is never a loss. With discounting, the slope is gamma^T, since
+# at constant speed the robot would have earned that unit at the end of its drive, in T steps. The
+# slope of a local critic depends on how closely the robots move together.
 #
 # Now measure the slope of the critic that you have trained. The next cell edits the critic's input
 # so that one robot is a little closer to its goal. Its velocity and lidar readings stay as they
 # were, so the critic judges situations slightly different from those it has seen.
 #
-# The cell then uses TorchRL's GAE to compute what the slope does to an advantage. At the step in
-# which the robot moves closer, V_i' is lower by s, and delta changes by 1 - gamma s. At all later
-# steps, both V_i and V_i' are lower by s, and delta changes by s - gamma s. Weighted by GAE, these
-# changes add up to
+# The cell then uses TorchRL's GAE to compute what progress adds to the advantage. At the step in
+# which the robot moves one unit closer, V_i' is lower by s, and delta changes by 1 - gamma s. At
+# all later steps, both V_i and V_i' are lower by s, and delta changes by s - gamma s. Weighted by
+# GAE, these changes add up to
 #
 #     1 - gamma s + (1 - gamma) s [gamma lmbda + (gamma lmbda)^2 + ...]  =  1 - 0.91 s
+#
+# The others' progress also adds to the advantage, but regardless of what this robot does.
 
 
 # %%
@@ -1488,13 +1497,13 @@ if navigation and not scenario_options.get("observe_all_goals"):
 # row, it rises while the policy falls apart, perhaps because a failing team is easy to predict.
 #
 # Is the slope the cause? On every seed, IPPO's success rate in training peaks within two iterations
-# of the slope passing 1.1. And each of these changes, made alone, keeps IPPO from forgetting. The
+# of the slope passing 1.1. And each of these changes, on its own, keeps IPPO from forgetting. The
 # numbers are mean success rates after 15 iterations, over ten seeds.
 #
 # | change | IPPO |
 # |---|---|
 # | none | 0.05 |
-# | the critic also receives the others' remaining distance, summed up | 0.99 |
+# | the critic also receives the sum of the others' remaining distances | 0.99 |
 # | individual rewards | 1.00 |
 # | a shorter horizon, gamma = 0.9 | 1.00 |
 # | successes bootstrapped like timeouts, which keeps the slope at 1.0 | 0.96 |
