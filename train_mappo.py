@@ -46,7 +46,7 @@ from torchrl.objectives.value import MultiAgentGAE
 from torchrl.objectives.value.functional import generalized_advantage_estimate
 from tqdm import tqdm
 
-logging.getLogger("torchrl").setLevel(logging.WARNING)  # at the INFO level, it logs every storage
+logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it logs every buffer
 
 # %% [markdown]
 # # Multi-agent PPO, step by step
@@ -565,8 +565,8 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # %% [markdown]
 # ---
 # ## 2. Environment
-# The simulator is VMAS (Bettini et al. 2022, arXiv:2207.03530), and the task is its scenario
-# *navigation*. A robot acts by applying a force to itself. It observes 18 numbers:
+# The simulator is VMAS (Bettini et al. 2022, arXiv:2207.03530), and the task is its *navigation*
+# scenario. A robot acts by applying a force to itself. It observes 18 numbers:
 #
 # | index | observation of a robot |
 # |---|---|
@@ -590,14 +590,14 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # a GPU, the data never leaves it.
 #
 # TorchRL components communicate through a TensorDict, a dictionary of tensors that share their
-# first dimensions, so that you can index and reshape all of them at once. It can be nested, and a
+# leading dimensions, so that you can index and reshape all of them at once. It can be nested, and a
 # tuple such as `("next", "done")` is a path in it. Per-agent data is stored under `"agents"`,
 # and everything that a step returns under `"next"`.
 #
 # Running out of time does not end an episode the way a success does. After a *termination*,
 # nothing more can be earned, so the value of what follows is 0. A *truncated* episode could have
 # continued, so the critic's estimate of the rest still counts. By itself, VMAS reports both as
-# terminated. Here the transform `StepCounter` applies the time limit and keeps the two apart.
+# terminated. Here, the `StepCounter` transform applies the time limit and keeps the two apart.
 
 
 # %%
@@ -789,10 +789,10 @@ print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 # agent's value or action depends on what another agent observes. Sharing weights is a separate
 # choice.
 #
-# ### Open the box
+# ### Open the black box
 # What does the argument do? Here is the critic's forward pass, written out by hand. The last line
-# compares it with the library's. You can skip any cell under an "Open the box" heading, because no
-# other cell uses its results.
+# compares it with the library's. You can skip any cell under an "Open the black box" heading,
+# because no other cell uses its results.
 
 
 # %%
@@ -959,8 +959,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # | V_i is too high by 1 before the robot moves | -1 | -1 | none, on average |
 # | V_i' is too high by 1 after the robot went left | gamma (1 - lmbda) | 0 | it learns to go left |
 #
-# The first error is the same for both actions, so it averages out. The second one depends on where
-# the action led, so it does not. The next step's delta cancels part of it, since V_i' is then the
+# The first error is the same for both actions, so it averages out. The second depends on where the
+# action led, so it remains. The next step's delta cancels part of it, since V_i' is then the
 # baseline. With lmbda = 1, the later deltas cancel all of it, but the advantages are noisy.
 # Remember this second role for Section 10.
 #
@@ -971,7 +971,7 @@ estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=crit
 estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
 
 # %% [markdown]
-# ### Open the box
+# ### Open the black box
 # Here is the same computation, written as a loop over time from the last step back. An untrained
 # policy hardly ever succeeds, so we pretend that the episode in the first environment succeeded
 # halfway through, and that the one in the last environment ran out of time.
@@ -1066,7 +1066,7 @@ loss_module.set_keys(value=("agents", "state_value"))
 optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 
 # %% [markdown]
-# ### Open the box
+# ### Open the black box
 # Here is the loss computed by hand on one minibatch. Before the first update, every ratio is 1, and
 # under MAPPO, all agents have nearly the same advantage. A mistake could go unnoticed. To expose
 # it, we shift the stored log-probabilities and one agent's advantages by random amounts. The
@@ -1199,7 +1199,7 @@ update_metrics += ["entropy", "kl_approx", "clip_fraction"]
 progress = tqdm(range(len(history), n_iters), desc=algorithm, total=n_iters, initial=len(history))
 for iteration in progress:
     start = time.perf_counter()
-    env.set_seed(seed_for("simulator", iteration, rank))  # so that each iteration can be repeated
+    env.set_seed(seed_for("simulator", iteration, rank))  # so that each iteration is reproducible
     torch.manual_seed(seed_for("actions and minibatches", iteration, rank))
     if anneal_lr:
         optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters)
@@ -1376,8 +1376,8 @@ else:
 # ```
 #
 # `learning_curves.png` in the second run's folder shows the training curves of both runs. One seed
-# proves little. Repeat the commands with `--seed 1` and so on to see the spread, or look at ours.
-# These are mean success rates over ten seeds, in test episodes. You will find every run in
+# proves little. Repeat the commands with `--seed 1` and so on to see the spread, or look at our
+# results. These are mean success rates over ten seeds, in test episodes. You will find every run in
 # study/README.md.
 #
 # | | 10 iterations | 15 | 20 | worst run after 10 | worst after 15 |
@@ -1390,8 +1390,8 @@ else:
 #
 # ### Success looks like a loss
 # All robots drive to their goals at the same time, and a local critic sees only one of them. When
-# that robot is near its goal, the others usually are as well, and there is little left to earn for
-# *anybody*. So V_i drops when robot i moves closer, even if no other robot has moved.
+# that robot is near its goal, the others usually are as well, and there is little left for
+# *anybody* to earn. So V_i drops when robot i moves closer, even if no other robot has moved.
 #
 # Take an extreme case without discounting. Suppose that all three robots are always equally far
 # from their goals, at a distance d. The team has 3d left to earn, so a local critic learns that
@@ -1399,7 +1399,7 @@ else:
 #
 # ```
 #                             reward     value of what is left     advantage
-#     critic that sees all      +1                -1                    0
+#     centralized critic        +1                -1                    0
 #     local critic              +1                -3                   -2
 # ```
 #
@@ -1407,10 +1407,10 @@ else:
 # move it is wrong, because the other robots got no closer. In effect, it teaches the robot to stay
 # away.
 #
-# Call the drop of the value per unit of progress its *slope* s. If a critic sees all, its slope
-# should be at most 1, and progress is never a loss. With discounting, the slope is gamma^T, since
-# at constant speed the robot would have earned that unit at the end of its drive, in T steps. The
-# slope of a local critic depends on how closely the robots move together.
+# Call the drop in value per unit of progress the *slope*, s. If a critic sees every robot, its
+# slope should be at most 1, so progress is never a loss. With discounting, the slope is gamma^T,
+# since at constant speed the robot would have earned that unit at the end of its drive, in T steps.
+# The slope of a local critic depends on how closely the robots move together.
 #
 # Now measure the slope of the critic that you have trained. The next cell edits the critic's input
 # so that one robot is a little closer to its goal. Its velocity and lidar readings stay as they
@@ -1487,14 +1487,16 @@ if navigation and not scenario_options.get("observe_all_goals"):
 # | explained variance, IPPO | 0.83 | 0.95 |
 #
 # Above a slope of 1.1, progress has a negative advantage, at least in this simple model, where the
-# slope is the same everywhere and no episode ends. IPPO gets there between the two columns. MAPPO's
-# slope is not perfect either. In a drive of 60 steps, gamma^T rises from 0.55 at the start to 1 at
-# the end, and after 10 iterations the slope is below that. But a slope that is too small makes
-# progress look better than it is. Only one that is too large turns progress into a loss.
+# slope is the same everywhere and no episode ends. IPPO crosses that threshold somewhere between 10
+# and 15 iterations. MAPPO's slope is not perfect either. In a drive of 60 steps, gamma^T rises from
+# 0.55 at the start to 1 at the end, and after 10 iterations the slope is below that. But a slope
+# that is too small makes progress look better than it is. Only one that is too large turns progress
+# into a loss.
 #
-# How does this fit the probe in Section 4? A critic can be right about the average situation and
-# wrong about what *one* action changes. Nor does the explained variance give it away. In the last
-# row, it rises while the policy falls apart, perhaps because a failing team is easy to predict.
+# How does this fit with the probe in Section 4? A critic can be right about the average situation
+# and wrong about what *one* action changes. Nor does the explained variance give it away. In the
+# last row, it rises while the policy falls apart, perhaps because a failing team is easy to
+# predict.
 #
 # Is the slope the cause? On every seed, IPPO's success rate in training peaks within two iterations
 # of the slope passing 1.1. And each of these changes, on its own, keeps IPPO from forgetting. The
@@ -1535,10 +1537,10 @@ if navigation and not scenario_options.get("observe_all_goals"):
 #
 # ### When does a centralized critic pay off?
 # Our experiments suggest that it pays off when much of an agent's return depends on what the agent
-# cannot observe, over a horizon long enough for that to matter. For contrast, try the scenario
-# *reverse_transport*, where each robot sees the package that the team is rewarded for moving.
-# There, IPPO learns as fast as MAPPO and does not forget. Two scenarios do not make a rule. Before
-# you compare your numbers with those of the MAPPO paper, note what differs:
+# cannot observe, over a horizon long enough for that to matter. For contrast, try the
+# *reverse_transport* scenario, where each robot sees the package that the team is rewarded for
+# moving. There, IPPO learns as fast as MAPPO and does not forget. Two scenarios do not make a rule.
+# Before you compare your numbers with those of the MAPPO paper, note what differs:
 #
 # | | this file | Yu et al. (2022) |
 # |---|---|---|

@@ -1,10 +1,11 @@
 # %% [markdown]
 # # Multi-agent PPO: exercises
 # Do these after the lesson, `train_mappo.py`. In each exercise you fill in a blank and run the cell
-# below it, which checks your answer. If the check fails, its message names the usual mistake.
-# Exercises 1 to 9 take seconds to run. The others train, which takes minutes.
+# below it, which checks your answer. If the check fails, the error message points out the most
+# common mistake. Exercises 1 to 9 run in seconds. The others involve training, which takes a few
+# minutes.
 #
-# Run this notebook in the folder `teaching/`, with the packages of `requirements.txt` installed.
+# Run this notebook from the `teaching/` folder, with the packages of `requirements.txt` installed.
 
 # %%
 import ast
@@ -47,15 +48,15 @@ def close(answer, expected, tolerance=1e-4):
 
 # %% [markdown]
 # ## 1. The centralized critic (5 minutes)
-# Write the forward pass of MAPPO's critic. Join the observations of all agents, apply the linear
-# layers with a tanh between them, and return one value for each agent.
+# Write the forward pass of MAPPO's critic. Concatenate the observations of all agents, apply the
+# linear layers with a tanh between them, and return one value for each agent.
 
 
 # %%
 def centralized_critic(observation, layers):
-    """Return the values (frames, n_agents, 1) of observations (frames, n_agents, n_obs).
+    """Return values of shape (frames, n_agents, 1) for observations (frames, n_agents, n_obs).
 
-    `layers` is a list of pairs of a weight (outputs, inputs) and a bias (outputs,).
+    `layers` is a list of (weight, bias) pairs, of shapes (outputs, inputs) and (outputs,).
     """
     # solution: return None
     hidden = observation.flatten(-2)  # (frames, n_agents * n_obs)
@@ -78,23 +79,23 @@ observation = torch.randn(5, 3, 6)
 parameters = [parameter.detach() for parameter in critics["MAPPO"].parameters()]
 layers = list(zip(parameters[::2], parameters[1::2], strict=True))
 values = centralized_critic(observation, layers)
-check(values is not None, "Exercise 1: fill in the blank; nothing was returned yet.")
+check(values is not None, "Exercise 1: fill in the blank; it still returns None.")
 check(
     values.shape == (5, 3, 1),
-    f"Exercise 1: the shape is {tuple(values.shape)}, but must be (5, 3, 1). Did you give the one "
-    "value of the team to each agent?",
+    f"Exercise 1: the shape is {tuple(values.shape)}, but should be (5, 3, 1). Did you repeat "
+    "the team's single value for every agent?",
 )
 check(
     close(values, critics["MAPPO"](observation).detach()),
     "Exercise 1: the values differ from MultiAgentMLP's. A tanh belongs between the layers, not "
-    "after the last one. Join the observations agent by agent.",
+    "after the last one. Concatenate the observations agent by agent.",
 )
-print("Exercise 1 is right.")
+print("Exercise 1 is correct.")
 
 # %% [markdown]
 # ## 2. Whose value changes? (3 minutes)
-# Agent 1 observes something else, and all other observations stay as they are. Write down, for each
-# algorithm, the numbers of the agents whose value changes. Agents are counted from 0.
+# Suppose agent 1's observation changes, and all the others stay the same. Write down, for each
+# algorithm, the indices of the agents whose values change. Agents are numbered from 0.
 
 # %%
 # solution: prediction = {"MAPPO": None, "IPPO": None}
@@ -111,15 +112,15 @@ for name, critic in critics.items():
     check(isinstance(prediction[name], list), "Exercise 2: write a list of agents, such as [0].")
     check(
         sorted(prediction[name]) == agents,
-        f"Exercise 2: with {name} the values of agents {agents} change. What does the critic of "
-        "each agent receive?",
+        f"Exercise 2: with {name} the values of agents {agents} change. What does each agent's "
+        "critic receive as input?",
     )
-print("Exercise 2 is right.")
+print("Exercise 2 is correct.")
 
 # %% [markdown]
 # ## 3. What can each critic predict? (5 minutes)
 # In the lesson, three agents had one random number each. Now there are eight. Predict the explained
-# variance of both critics for two targets, the sum of all numbers and an agent's own number.
+# variance of both critics for two targets: the sum of all the numbers and the agent's own number.
 
 # %%
 # solution: prediction = {("IPPO", "sum"): None, ("IPPO", "own"): None}
@@ -156,10 +157,10 @@ def explained_variance(centralized, make_target, n_agents=8):
 
 targets = {"sum": lambda x: x.sum(-2, keepdim=True).expand_as(x), "own": lambda x: x}
 hints = {
-    ("IPPO", "sum"): "Which share of the variance of a sum of n numbers comes from one of them?",
+    ("IPPO", "sum"): "What share of the variance of a sum of n numbers comes from any one of them?",
     ("IPPO", "own"): "Does the critic observe this number?",
     ("MAPPO", "sum"): "Does the critic observe all of these numbers?",
-    ("MAPPO", "own"): "It returns one value for all. What is its best guess for n numbers?",
+    ("MAPPO", "own"): "What single value for all agents best predicts n different numbers?",
 }
 for (name, target), predicted in prediction.items():
     check(predicted is not None, f"Exercise 3: predict the explained variance of {name}, {target}.")
@@ -169,20 +170,20 @@ for (name, target), predicted in prediction.items():
         abs(measured - predicted) < 0.08,
         f"Exercise 3: {name}, {target}: it is {measured:.2f}. {hints[name, target]}",
     )
-print("Exercise 3 is right.")
+print("Exercise 3 is correct.")
 
 # %% [markdown]
 # ## 4. Generalized advantage estimation (10 minutes)
-# Write GAE for one agent in one environment, as a loop from the last step back. `done` ends the
-# sum. `terminated` means in addition that nothing more can be earned.
+# Implement GAE for one agent in one environment as a loop that runs backward from the last step.
+# `done` ends the sum. `terminated` also means that no further reward can be earned.
 
 
 # %%
 def gae(reward, value, next_value, terminated, done, gamma, lmbda):
-    """Return the advantages as a list, one for each step, in the order of time.
+    """Return the advantages as a list, one per step, in chronological order.
 
-    The first five arguments are lists in the same order. `next_value` has the critic's values of
-    the stored next observations, V'.
+    The first five arguments are lists in the same order. `next_value` contains the critic's values
+    V' for the stored next observations.
     """
     # solution: return None
     advantages, following = [], 0.0
@@ -198,21 +199,21 @@ def gae(reward, value, next_value, terminated, done, gamma, lmbda):
 
 # %%
 def check_gae(gae):
-    """Check a function like `gae` on two examples that you can do on paper, and on a batch."""
+    """Check an implementation of `gae` on two examples to work out by hand, and on a batch."""
     example = ([0, 0, 1], [0.5] * 3, [0.5, 0.5, 0.8])
     ends = {"truncated": [False] * 3, "terminated": [False, False, True]}
     expected = {"truncated": [0.1745, 0.4990, 1.22], "terminated": [0.0287, 0.175, 0.5]}
     hints = {
-        "truncated": "Check the factor gamma * lmbda and the order of the list. A truncated step "
-        "still counts the next value.",
+        "truncated": "Check the factor gamma * lmbda and the order of the list. At a "
+        "truncated step, the next value still counts.",
         "terminated": "Only a terminated step sets the next value to 0.",
     }
     for name, terminated in ends.items():
         answer = gae(*example, terminated, [False, False, True], 0.9, 0.5)
-        check(answer is not None, "Exercise 4: fill in the blank; nothing was returned yet.")
+        check(answer is not None, "Exercise 4: fill in the blank; it still returns None.")
         check(
             close(answer, expected[name], 1e-3),
-            f"Exercise 4: {name}, you have {answer}, expected {expected[name]}. {hints[name]}",
+            f"Exercise 4: {name}: you returned {answer}, expected {expected[name]}. {hints[name]}",
         )
     torch.manual_seed(0)
     done = torch.rand(4, 30, 1) < 0.2
@@ -230,19 +231,19 @@ def check_gae(gae):
         for agent in range(2):
             numbers = [x[row, :, agent, 0].tolist() for x in (reward, *values.values())]
             ends = [x[row, :, 0].tolist() for x in (terminated, done)]
-            # In the last row of a batch the sum stops as well.
+            # The sum also stops at the last step of the batch.
             ends[1][-1] = True
             answer = gae(*numbers, *ends, 0.9, 0.5)
             check(
                 close(answer, library[row, :, agent, 0], 1e-3),
-                "Exercise 4: it differs from MultiAgentGAE on a batch with several episodes in a "
-                "row. Does every done, also a truncation, end the sum? Is the next value the "
-                "stored one, and not the value of the next step?",
+                "Exercise 4: your result differs from MultiAgentGAE's on a batch with several "
+                "episodes per row. Does every done, including a truncation, end the sum? "
+                "Is the next value the stored one, and not the value of the next step?",
             )
 
 
 check_gae(gae)
-print("Exercise 4 is right.")
+print("Exercise 4 is correct.")
 
 # %% [markdown]
 # ## 5. Find the bug (5 minutes)
@@ -252,7 +253,7 @@ print("Exercise 4 is right.")
 
 # %%
 def delta(reward, value, next_value, terminated, gamma):
-    """Return delta for each step; all arguments are tensors (steps,) but `gamma`."""
+    """Return delta for each step; all arguments except `gamma` are tensors of shape (steps,)."""
     # solution: next_value = torch.cat([value[1:], next_value[-1:]])
     # end of solution
     return reward + gamma * (1 - terminated.float()) * next_value - value
@@ -260,28 +261,28 @@ def delta(reward, value, next_value, terminated, gamma):
 
 # %%
 def check_delta(delta):
-    """Check a function like `delta` where an episode was reset between two rows."""
-    # Step 0 ends an episode by its time limit. Row 1 is the start of another one.
+    """Check an implementation of `delta` on data where an episode ends between two rows."""
+    # Step 0 is the last of an episode that hits its time limit. Row 1 starts a new episode.
     value = torch.tensor([0.5, 0.9])
     stored = torch.tensor([0.8, 0.7])
     found = delta(torch.zeros(2), value, stored, torch.tensor([False, False]), 0.9)
     check(
         close(found[0], 0.22),
-        f"Exercise 5: delta of the first step is {found[0]:.2f}, but must be 0.22. Row 1 belongs "
-        "to another episode. Its value, 0.9, says nothing about how the first one would go on.",
+        f"Exercise 5: delta of the first step is {found[0]:.2f}, but should be 0.22. Row 1 belongs "
+        "to another episode. Its value, 0.9, says nothing about how the first would have gone on.",
     )
     ended = delta(torch.zeros(2), value, stored, torch.tensor([True, False]), 0.9)
-    check(close(ended[0], -0.5), "Exercise 5: after a termination the next value must be 0.")
+    check(close(ended[0], -0.5), "Exercise 5: after termination, the next value must be 0.")
 
 
 check_delta(delta)
-print("Exercise 5 is right.")
+print("Exercise 5 is correct.")
 
 # %% [markdown]
 # ## 6. The clipped objective (10 minutes)
 # Write the objective. Then say in which of the six cases below the gradient with respect to the
-# ratio is 0. Each case is a sign of the advantage and a ratio below, inside or above the range from
-# 1 - epsilon to 1 + epsilon.
+# ratio is 0. Each case combines the sign of the advantage with a ratio below, inside or above the
+# range from 1 - epsilon to 1 + epsilon.
 
 
 # %%
@@ -308,16 +309,16 @@ zero_gradient = {  # (advantage, ratio): True where the gradient is 0
 
 # %%
 def check_objective(clipped_objective):
-    """Check a function like `clipped_objective`, and return the gradients of the six cases."""
+    """Check an implementation of `clipped_objective`; return the gradients of the six cases."""
     ratio = torch.tensor([0.5, 1.0, 1.5, 0.5, 1.0, 1.5], requires_grad=True)
     advantage = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, -1.0])
     objective = clipped_objective(ratio, advantage, 0.2)
-    check(objective is not None, "Exercise 6: fill in the blank; nothing was returned yet.")
+    check(objective is not None, "Exercise 6: fill in the blank; it still returns None.")
     check(
         close(objective.detach(), torch.tensor([0.5, 1.0, 1.2, -0.8, -1.0, -1.5])),
-        f"Exercise 6: you have {objective.tolist()}. Return one value per sample, to be maximized. "
-        "Did you take the smaller of the two terms? Without the min, a ratio that moved the wrong "
-        "way gets no gradient back.",
+        f"Exercise 6: you returned {objective.tolist()}. Return one value per sample, to be "
+        "maximized. Did you take the smaller of the two terms? Without the min, a ratio that has "
+        "moved the wrong way gets no gradient to pull it back.",
     )
     return torch.autograd.grad(objective.sum(), ratio)[0]
 
@@ -330,7 +331,7 @@ for (case, answer), gradient in zip(zero_gradient.items(), gradients, strict=Tru
         f"Exercise 6: the gradient for {case} is {gradient:.0f}. Which of the two terms is "
         "smaller, and does it change with the ratio?",
     )
-print("Exercise 6 is right.")
+print("Exercise 6 is correct.")
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
@@ -346,8 +347,8 @@ panels[0].legend()
 plt.show()
 
 # %% [markdown]
-# ## 7. The ratio of the team (2 minutes)
-# Every agent's ratio is 1.2, the border of the clipping range. What is the ratio of the joint
+# ## 7. The joint ratio (2 minutes)
+# Every agent's ratio is 1.2, the upper end of the clipping range. What is the ratio of the joint
 # action, for teams of 3 and of 8? Two decimals are enough.
 
 # %%
@@ -363,16 +364,16 @@ for n, answer in joint_ratio.items():
         f"Exercise 7: {answer} is wrong for {n} agents. Given their observations, agents act "
         "independently, so the probability of the joint action is a product.",
     )
-print({n: round(float(ratio), 2) for n, ratio in joint_ratio.items()}, "Exercise 7 is right.")
+print({n: round(float(ratio), 2) for n, ratio in joint_ratio.items()}, "Exercise 7 is correct.")
 
 # %% [markdown]
 # ## 8. Success looks like a loss (10 minutes)
-# In this toy there are no networks. Three robots drive home independently, and each collects the
-# progress of all. We regress the return on the remaining distances, once on the robot's own
-# distance and once on those of all robots. The slope says how much the value drops per unit that
-# this robot alone comes closer. From the slope, compute the advantage of one unit of progress over
-# standing still, with lmbda = 0. It pays 1 now, and lowers the next value, which is discounted by
-# GAMMA.
+# This toy example uses no networks. Three robots drive home independently, and each is rewarded for
+# the progress of all three. We regress the return on the remaining distances, once on the robot's
+# own distance and once on those of all robots. The slope says how much the value drops for each
+# unit that this robot moves closer while the others stay where they are. From the slope, compute
+# the advantage of one unit of progress over standing still, with lmbda = 0. The progress earns a
+# reward of 1 now, and lowers the next value, which is discounted by GAMMA.
 
 # %%
 GAMMA = 0.99
@@ -426,23 +427,25 @@ for shared in (True, False):
             f"{reward:<10} reward, {label:<13} slope {slope:5.2f}, "
             f"advantage of progress {advantage_of_progress(slope):5.2f}"
         )
-print("Exercise 8 is right. Which of the four critics would teach a robot to stay away?")
+print("Exercise 8 is correct. Which of the four critics would teach a robot to stay away?")
 
 # %% [markdown]
-# ## 9. A whole update (15 minutes)
+# ## 9. A complete update (15 minutes)
 # Put your pieces together. Compute the loss of one minibatch from the outputs of the networks, as
 # TorchRL's `ClipPPOLoss` does, and return it. Normalize the advantages for each agent separately.
-# Mind the shapes, because log-probabilities have no last dimension of size 1. The next cell takes
-# one step of gradient descent with your loss and one with TorchRL's, and compares the weights.
+# Watch the shapes, because log-probabilities have no trailing dimension of size 1. The next cell
+# takes one step of gradient descent with your loss and one with TorchRL's, and compares the
+# weights.
 
 
 # %%
 def my_loss(pi, values, data, epsilon=0.2, critic_coeff=0.5):
-    """Return the loss of a minibatch without entropy bonus, a number to be minimized.
+    """Return the loss for a minibatch, without an entropy bonus, as a scalar to be minimized.
 
-    `pi` is the distribution of the actions, `values` (frames, n_agents, 1) are the critic's. `data`
-    has "action", "old_log_prob", (frames, n_agents), "advantage" and "value_target",
-    (frames, n_agents, 1). The value loss is `nn.functional.smooth_l1_loss`.
+    `pi` is the action distribution. `values`, of shape (frames, n_agents, 1), is the critic's
+    output. `data` contains "action", "old_log_prob", of shape (frames, n_agents), "advantage" and
+    "value_target", of shape (frames, n_agents, 1). The value loss is
+    `nn.functional.smooth_l1_loss`.
     """
     # solution: return None
     ratio = (pi.log_prob(data["action"]) - data["old_log_prob"]).exp().unsqueeze(-1)
@@ -486,7 +489,7 @@ def weights_after_a_step(loss_by_hand=None):
     frames = TensorDict({"agents": {"observation": torch.randn(64, 3, 6)}}, [64])
     with torch.no_grad():
         policy(frames)
-    frames["agents", "action_log_prob"] += 0.3 * torch.randn(64, 3)  # an older policy's
+    frames["agents", "action_log_prob"] += 0.3 * torch.randn(64, 3)  # as if from an older policy
     frames["advantage"] = torch.randn(64, 3, 1) + torch.tensor([0.0, 1.0, 2.0]).view(1, 3, 1)
     frames["value_target"] = torch.randn(64, 3, 1)
     loss_module = ClipPPOLoss(
@@ -509,7 +512,7 @@ def weights_after_a_step(loss_by_hand=None):
         }
         values = critic(frames.clone())["agents", "state_value"]
         loss = loss_by_hand(policy.get_dist(frames), values, data)
-        check(loss is not None, "Exercise 9: fill in the blank; nothing was returned yet.")
+        check(loss is not None, "Exercise 9: fill in the blank; it still returns None.")
     else:
         losses = loss_module(frames)
         loss = losses["loss_objective"] + losses["loss_critic"]
@@ -519,24 +522,24 @@ def weights_after_a_step(loss_by_hand=None):
 
 
 def check_loss(my_loss):
-    """Compare the weights after a step with a function like `my_loss` to those with TorchRL's."""
+    """Compare the weights after a step with the given loss to those after a step with TorchRL's."""
     check(
         close(weights_after_a_step(my_loss), weights_after_a_step(), 1e-4),
-        "Exercise 9: the weights differ. The objective is maximized, the value loss minimized with "
-        "its weight critic_coeff, and both are means. Are the advantages normalized over the "
-        "frames, for each agent?",
+        "Exercise 9: the weights differ. The objective is to be maximized, and the value loss, "
+        "times critic_coeff, is to be minimized. Both are means. Are the advantages normalized "
+        "over the frames, for each agent?",
     )
 
 
 check_loss(my_loss)
-print("Exercise 9 is right. You have written MAPPO's update.")
+print("Exercise 9 is correct. You have written MAPPO's update.")
 
 # %% [markdown]
-# ## 10. Predict, then look (5 minutes, or 5 more if you train)
-# Write down which success rates you expect from MAPPO and from IPPO after 10 and after 15
-# iterations. Do it before you run the next cell. It plays the policies in `trained/`, which come
-# from default runs with seed 0. You can also train them yourself with
-# `python train_mappo.py --n-iters 15`, with and without `--no-mappo`.
+# ## 10. Predict, then look (5 minutes, plus 5 if you train)
+# Write down what success rates you expect from MAPPO and from IPPO after 10 and after 15
+# iterations. Do this before you run the next cell, which runs the policies in `trained/`. They come
+# from default runs with seed 0. You can also train them yourself. Run
+# `python train_mappo.py --n-iters 15` with and without `--no-mappo`.
 
 # %%
 # solution: prediction = {("mappo", 10): None, ("mappo", 15): None}
@@ -555,7 +558,7 @@ def lesson_names(**values):
             return names
         if cell.cell_type == "code" and "explained_variance_of" not in cell.source:
             if "start_or_resume" in cell.source:
-                continue  # the engineering
+                continue  # the engineering cell
             exec(cell.source, names)
             names.update({name: values[name] for name in values if name in names})
     raise ValueError("the lesson has no Section 5")
@@ -572,7 +575,7 @@ def load_trained(name, iterations):
 
 
 def success_rate(names, episodes=200):
-    """Play test episodes with the deterministic policy; return the share that succeed."""
+    """Run test episodes with the deterministic policy; return the fraction that succeed."""
     exploration = names["set_exploration_type"], names["ExplorationType"]
     env = names["make_env"](episodes, names["evaluation_seed"])
     with torch.no_grad(), exploration[0](exploration[1].DETERMINISTIC):
@@ -597,8 +600,8 @@ check(measured["ippo", 15] < 0.3, "Exercise 10: IPPO should be below 0.3. Is tra
 print("Were you surprised? Exercise 8 and Section 10 of the lesson explain it.")
 
 # %% [markdown]
-# What has IPPO's critic learned? Here are the values of one robot in a frame in which only this
-# robot is moved, along the line to its goal. Read the curves from right to left, as the robot
+# What has IPPO's critic learned? The next plot shows how one robot's value changes when only that
+# robot is moved along the line to its goal. Read the curves from right to left, as the robot
 # comes home.
 
 # %%
@@ -620,12 +623,12 @@ for name, style in (("mappo", "-"), ("ippo", "--")):
                 curves.append(names["critic_network"](moved)[:, 0].mean())
         label = f"{name.upper()}, {iterations} iterations"
         axes.plot(distances, torch.stack(curves), style, color=color, label=label)
-axes.set(xlabel="distance of this robot to its goal", ylabel="its value, mean of 60 frames")
+axes.set(xlabel="distance from this robot to its goal", ylabel="its value (mean over 60 frames)")
 axes.legend(fontsize="small")
 plt.show()
 
 # %% [markdown]
-# One more picture. Each line is one environment of a batch that a trained policy has collected. How
+# One more plot. Each row is one environment in a batch that a trained policy has collected. How
 # many episodes fit, and how does each of them end?
 
 # %%
@@ -652,12 +655,12 @@ axes.legend(handles, colors, ncols=3, fontsize="small", loc="lower left")
 plt.show()
 
 # %% [markdown]
-# ## 11. Repair IPPO (3 minutes, and 2 to run)
+# ## 11. Fix IPPO (3 minutes, plus 2 to run)
 # IPPO has forgotten the task after 15 iterations. Change *one* option of train_mappo.py so that it
-# has not. Think of the horizon or of the reward. The cell trains only if `TRAIN` is True.
+# doesn't forget. Think about the horizon or the reward. The cell trains only if `TRAIN` is True.
 
 # %%
-TRAIN = False  # set it to True; each of the exercises 11 to 13 then trains for a minute or two
+TRAIN = False  # set it to True; exercises 11 to 13 then each train for a minute or two
 
 # %%
 # solution: edit = []  # options of train_mappo.py
@@ -667,7 +670,7 @@ edit = ["--gamma", "0.9"]  # options of train_mappo.py
 
 # %%
 def run_lesson(*options, before_section_6="", before_the_loop=""):
-    """Train with a copy of the lesson that has two cells more; return its evaluation and table."""
+    """Train with a copy of the lesson with two extra cells; return its evaluation and table."""
     notebook = jupytext.read(LESSON)
     cells = []
     for cell in notebook.cells:
@@ -694,20 +697,20 @@ if TRAIN:
     print(f"IPPO with {' '.join(edit)}: success rate {success:.2f}")
     check(
         success > 0.9,
-        "Exercise 11: it still forgets. Which part of the return can IPPO's critic not foresee, "
-        "and how could less of it matter?",
+        "Exercise 11: it still forgets. Which part of the return is IPPO's critic unable to "
+        "predict, and how could you make that part matter less?",
     )
 
 # %% [markdown]
-# ## 12. Tell the critic one number (15 minutes, and 2 to run)
-# An open question: does IPPO still forget if its critic is told the remaining distance of the other
-# robots, summed up? Write the function that computes this number for each robot. In the lesson's
-# observations, numbers 4 and 5 are the vector between the robot and its goal.
+# ## 12. Tell the critic one number (15 minutes, plus 2 to run)
+# An open question: does IPPO still forget if its critic is given the sum of the other robots'
+# remaining distances? Write the function that computes this number for each robot. In the lesson's
+# observations, entries 4 and 5 are the robot's position minus its goal.
 
 
 # %%
 def others_distance(observation):
-    """Return for each robot the distance that all others have left, (..., n_agents, 1)."""
+    """Return, for each robot, the total distance the others have left, (..., n_agents, 1)."""
     # solution: return None
     distance = observation[..., 4:6].norm(dim=-1, keepdim=True)
     return distance.sum(dim=-2, keepdim=True) - distance
@@ -718,10 +721,10 @@ def others_distance(observation):
 example = torch.zeros(3, 18)
 example[:, 4:6] = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
 answer = others_distance(example)
-check(answer is not None, "Exercise 12: fill in the blank; nothing was returned yet.")
+check(answer is not None, "Exercise 12: fill in the blank; it still returns None.")
 check(
     close(answer, torch.tensor([[3.0], [7.0], [6.0]])),
-    "Exercise 12: for distances 5, 1 and 2, the others have 3, 7 and 6 left. Did you count the "
+    "Exercise 12: for distances 5, 1 and 2, the others' totals are 3, 7 and 6. Did you include the "
     "robot's own distance?",
 )
 told_critic = f"""
@@ -745,15 +748,15 @@ critic = TensorDictModule(
 ast.parse(told_critic)
 if TRAIN:
     success, _, _ = run_lesson("--no-mappo", "--n-iters", "15", before_section_6=told_critic)
-    print(f"IPPO with one number more: success rate {success:.2f}")
-print("Exercise 12 is right.")
+    print(f"IPPO with one extra input: success rate {success:.2f}")
+print("Exercise 12 is correct.")
 
 # %% [markdown]
-# ## 13. Keep the best policy (10 minutes, and 2 to run)
-# For runs that forget, keep the policy that did best on the way. Write a function that the lesson's
-# loop calls after each iteration. It evaluates the policy, puts the success rate into `row` as
-# "test_success", and saves the policy as best_policy.pt if it is the best so far. Use the lesson's
-# names `evaluate`, `policy`, `history` and `save_whole`.
+# ## 13. Keep the best policy (10 minutes, plus 2 to run)
+# For runs that forget, keep the policy that did best along the way. Write a function that the
+# lesson's loop calls after each iteration. It evaluates the policy, stores the success rate in
+# `row` under the key "test_success", and saves the policy as best_policy.pt if it is the best so
+# far. Use the lesson's names `evaluate`, `policy`, `history` and `save_whole`.
 
 
 # %%
@@ -768,7 +771,7 @@ def keep_best(row):
 
 # %%
 def check_keep_best(keep_best):
-    """Call a function like `keep_best` as the loop does, with a policy that gets worse."""
+    """Call an implementation of `keep_best` as the loop does, with a policy that gets worse."""
     saved, scores = [], iter([0.2, 0.7, 0.5])
     history = []
     space = {
@@ -786,8 +789,8 @@ def check_keep_best(keep_best):
     check(measured == [0.2, 0.7, 0.5], f"Exercise 13: row['test_success'] was {measured}.")
     check(
         saved == [(1, "best_policy.pt"), (2, "best_policy.pt")],
-        "Exercise 13: the policies after iterations 1 and 2 had to be saved, and not the third, "
-        f"which is worse. You saved {saved}.",
+        "Exercise 13: the policies from iterations 1 and 2 should have been saved, but not the "
+        f"third, which is worse. You saved {saved}.",
     )
 
 
@@ -798,5 +801,5 @@ if TRAIN:
     check("best_policy.pt" in files, "Exercise 13: best_policy.pt is missing.")
     column = table.splitlines()[0].split(",").index("test_success")
     scores = [float(line.split(",")[column]) for line in table.splitlines()[1:]]
-    print(f"At the end {success:.2f}, at best {max(scores):.2f}")
-print("Exercise 13 is right.")
+    print(f"Final: {success:.2f}, best: {max(scores):.2f}")
+print("Exercise 13 is correct.")

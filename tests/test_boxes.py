@@ -1,4 +1,4 @@
-"""The cells called "Open the box": what they compute by hand is what TorchRL computes."""
+"""The cells called "Open the black box": what they compute by hand is what TorchRL computes."""
 
 import pytest
 
