@@ -106,7 +106,16 @@ def test_typical_mistakes_in_delta_fail(solved):
     def no_end(reward, value, next_value, terminated, gamma):
         return reward + gamma * next_value - value
 
-    for mistake in (next_row, no_end):
+    def no_reward(reward, value, next_value, terminated, gamma):
+        return gamma * (1 - terminated.float()) * next_value - value
+
+    def no_reward_at_the_end(reward, value, next_value, terminated, gamma):
+        return (reward + gamma * next_value) * (1 - terminated.float()) - value
+
+    def first_value(reward, value, next_value, terminated, gamma):
+        return reward + gamma * (1 - terminated.float()) * next_value[0] - value
+
+    for mistake in (next_row, no_end, no_reward, no_reward_at_the_end, first_value):
         with pytest.raises(AssertionError, match="^Exercise 5: "):
             solved[-1]["check_delta"](mistake)
 
@@ -118,7 +127,10 @@ def test_typical_mistakes_in_the_objective_fail(solved):
     def largest(ratio, advantage, epsilon):
         return torch.maximum(ratio * advantage, no_min(ratio, advantage, epsilon))
 
-    for mistake in (no_min, largest):
+    def other_epsilon(ratio, advantage, epsilon):
+        return torch.minimum(ratio * advantage, no_min(ratio, advantage, 0.2))
+
+    for mistake in (no_min, largest, other_epsilon):
         with pytest.raises(AssertionError, match="^Exercise 6: "):
             solved[-1]["check_objective"](mistake)
 
