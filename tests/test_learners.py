@@ -40,9 +40,9 @@ def recorded(folder):
 @pytest.mark.parametrize(
     "old, new",
     [
-        ("lr = 3e-4  # learning rate of Adam\n", "lr: float = 1e-3\n"),  # annotated, no comment
-        ("lr = 3e-4  # learning rate of Adam\n", "lr = 3e-4\nmomentum = 0.8\nlayers = [1, 2]\n"),
-        ("lr = 3e-4  # learning rate of Adam\n", "\n# %%\nlr = 3e-4\nmomentum = 0.8\n\n# %%\n"),
+        ("lr = 3e-4  # Adam's learning rate\n", "lr: float = 1e-3\n"),  # annotated, no comment
+        ("lr = 3e-4  # Adam's learning rate\n", "lr = 3e-4\nmomentum = 0.8\nlayers = [1, 2]\n"),
+        ("lr = 3e-4  # Adam's learning rate\n", "\n# %%\nlr = 3e-4\nmomentum = 0.8\n\n# %%\n"),
         ("# ## 1. Hyperparameters\n", "#\n"),
     ],
     ids=["annotated", "added", "split and added", "heading deleted"],
