@@ -166,8 +166,8 @@ after_iteration = []  # functions to call after each iteration, with its metrics
 # distributes the work under `torchrun`. Without it, everything else runs and learns the same.
 #
 # The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
-# `world_size`, and appends a function to each of the two lists above, which the training loop in
-# Section 8 calls. These functions read variables from the lesson, such as the policy. Under
+# `world_size`, and appends a function to each of the two lists above. The training loop in Section
+# 8 calls these functions. They read variables from the lesson, such as the policy. Under
 # `torchrun`, the cell also divides the work among the processes.
 
 # %% jupyter={"source_hidden": true}
@@ -790,9 +790,9 @@ print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 # choice.
 #
 # ### Open the black box
-# What does the argument do? Here is the critic's forward pass, written out by hand. The last line
-# compares it with the library's. You can skip any cell under an "Open the black box" heading,
-# because no other cell uses its results.
+# What does `centralized` actually do? Here is the critic's forward pass, written out by hand. The
+# last line compares it with the library's. You can skip any cell under an "Open the black box"
+# heading, because no other cell uses its results.
 
 
 # %%
@@ -957,7 +957,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # | error | changes A_i(left) by | changes A_i(right) by | effect on the policy |
 # |---|---|---|---|
 # | V_i is too high by 1 before the robot moves | -1 | -1 | none, on average |
-# | V_i' is too high by 1 after the robot went left | gamma (1 - lmbda) | 0 | it learns to go left |
+# | V_i' is too high by 1 after the robot goes left | gamma (1 - lmbda) | 0 | it learns to go left |
 #
 # The first error is the same for both actions, so it averages out. The second depends on where the
 # action led, so it remains. The next step's delta cancels part of it, since V_i' is then the
@@ -1119,7 +1119,7 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # ```
 #
 # With IPPO, the numbers differ a little, but the computation is the same. TorchRL also has classes
-# named `MAPPOLoss` and `IPPOLoss`. Both are this loss with defaults for teams. They normalize
+# named `MAPPOLoss` and `IPPOLoss`. Both are the same loss with multi-agent defaults. They normalize
 # advantages for each agent and use `MultiAgentGAE`. They can also normalize the values.
 #
 # ---
@@ -1423,7 +1423,8 @@ else:
 #
 #     1 - gamma s + (1 - gamma) s [gamma lmbda + (gamma lmbda)^2 + ...]  =  1 - 0.91 s
 #
-# The others' progress also adds to the advantage, but regardless of what this robot does.
+# The others' progress also adds to the advantage, but it does so regardless of what this robot
+# does.
 
 
 # %%

@@ -277,9 +277,9 @@ def test_the_traps_are_real(folder, refusals, name):
 
 
 def test_a_refusal_of_a_process_of_its_own(folder, lean):
-    """The same as above, with all that a user's own process may add; also with `python -O`."""
+    """The same as above, with all that a user's own process may add."""
     words = ("--run-folder", "{folder}/trap in state.pt")
-    process = start(*in_full(words, folder), program=["-O", lean])
+    process = start(*in_full(words, folder), program=[lean])
     assert_refused(2, *finish(process, 2), REFUSALS[words], folder)
 
 

@@ -278,22 +278,19 @@ def test_a_video_that_cannot_be_rendered_is_left_out_with_its_reason(
     assert not (short / "rollout.gif").exists() and (short / "learning_curves.png").exists()
 
 
-def test_a_folder_that_the_terminal_cannot_print_is_no_failure(lean, tmp_path):
+def test_a_strange_folder_is_no_failure_and_a_learners_own_mistake_keeps_its_traceback(
+    lean, tmp_path
+):
+    """A name that the terminal cannot print; then an error, shown where it happened."""
+    text = lean.read_text(encoding="utf-8")
+    mistake = "\n# %%\nlos.backward()\n"
+    (tmp_path / "changed.py").write_text(text + mistake, encoding="utf-8")
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "LC_ALL": "C"}
     words = options(n_iters=1, run_folder=tmp_path / "実行")
-    out, _ = finish(start(*words, program=[lean], env=environment))
+    program = [tmp_path / "changed.py"]
+    out, err = finish(start(*words, program=program, env=environment), 1)
     assert "The results are in" in out
     assert (tmp_path / "実行" / "policy.pt").exists()
-
-
-def test_a_learners_own_mistake_keeps_its_traceback(lean, tmp_path):
-    """An error in a changed file is shown where it happened, and is no refusal."""
-    text = lean.read_text(encoding="utf-8")
-    changed = text.replace("            loss.backward()", "            los.backward()")
-    assert changed != text
-    (tmp_path / "changed.py").write_text(changed, encoding="utf-8")
-    words = options(run_folder=tmp_path / "run")
-    _, err = finish(start(*words, program=[tmp_path / "changed.py"]), 1)
     assert "Traceback" in err and "los.backward()" in err and "NameError" in err
 
 
