@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torch.nn.functional import smooth_l1_loss
 from torchrl.envs import ExplorationType, set_exploration_type
 
-from cells import assigned_names, read_cells
+from cells import cell_that_defines
 from conftest import load, options, run_inside
 
 
@@ -360,8 +360,7 @@ def test_progress_has_an_advantage_without_discount(mappo, monkeypatch):
     "change", [{}, {"navigation": False}, {"scenario_options": {"observe_all_goals": True}}]
 )
 def test_there_is_a_slope_only_where_numbers_4_and_5_are_the_goal(mappo, capfd, change):
-    [cell] = [cell for cell in read_cells() if "value_slope" in assigned_names(cell.source)]
-    exec(cell.source, {**mappo, **change})
+    exec(cell_that_defines("value_slope"), {**mappo, **change})
     assert ("slope of the value" in capfd.readouterr().out) == (change == {})
 
 

@@ -72,28 +72,22 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(lean, tmp
     assert_same(tmp_path / "run", tmp_path / "undisturbed")
 
 
-def test_ctrl_c_says_how_to_resume_and_the_process_dies_of_the_signal(finished, lean, tmp_path):
-    """So a shell's loop over seeds stops, too. Also where the folder's name has a space."""
-    folder = tmp_path / "my runs" / "one"
-    words = options(n_iters=5, run_folder=folder)
-    program = [PROGRAMS / "interrupt.py", 25]  # in the third iteration
-    process = start(lean, *words, program=program, start_new_session=True)
-    _, err = finish(process, -signal.SIGINT)
-    assert "Traceback" not in err
-    command = f"resume with: python {lean} --run-folder '{folder}'"
-    assert err.splitlines()[-1] == f"train_mappo.py: stopped; {command}"
+def test_ctrl_c_says_how_to_resume_and_stops_a_loop_over_seeds(finished, lean, tmp_path):
+    """It reaches the shell and the run, and the shell asks whether the run died of the signal."""
+    folder = tmp_path / "my runs" / "seed 0"
+    program = [sys.executable, PROGRAMS / "interrupt.py", 25, lean]  # in the third iteration
+    run = shlex.join(map(str, [*program, *options(n_iters=5)]))
+    loop = f"for s in 0 1; do {run} --seed $s --run-folder 'my runs/seed '$s; done"
+    how = {"cwd": tmp_path, "start_new_session": True, "stderr": -1, "encoding": "utf-8"}
+    shell = subprocess.run(["bash", "-c", loop], **how)
+    assert shell.returncode == -signal.SIGINT
+    assert not (tmp_path / "my runs" / "seed 1").exists()
+    assert "Traceback" not in shell.stderr
+    command = f"resume with: python {lean} --run-folder 'my runs/seed 0'"
+    assert shell.stderr.splitlines()[-1] == f"train_mappo.py: stopped; {command}"
     assert len(rows(folder)) == 2
     run_inside("--run-folder", folder, path=lean)
     assert_same(folder, finished[5])
-
-
-def test_ctrl_c_stops_a_loop_over_seeds(lean, tmp_path):
-    """Ctrl-C reaches the shell and the run, and the shell asks what the run died of."""
-    run = shlex.join([sys.executable, str(PROGRAMS / "interrupt.py"), "1", str(lean), *options()])
-    loop = f"for s in 0 1; do {run} --seed $s --run-folder r$s; done"
-    shell = subprocess.run(["bash", "-c", loop], cwd=tmp_path, start_new_session=True)
-    assert shell.returncode == -signal.SIGINT
-    assert (tmp_path / "r0").exists() and not (tmp_path / "r1").exists()
 
 
 def test_a_host_keeps_its_own_handling_of_ctrl_c(lean, tmp_path):
