@@ -163,7 +163,8 @@ after_iteration = []  # functions to call after each iteration, with its metrics
 # ## Engineering (skip this cell and go on to Section 2)
 # The next cell teaches you nothing about the method. It turns Section 1 into command-line options,
 # rejects invalid values, saves checkpoints and resumes from them, writes and logs the metrics, and
-# distributes the work under `torchrun`. Without it, everything else runs and learns the same.
+# distributes the work under `torchrun`. Without it, everything else runs the same way, and training
+# gives the same results.
 #
 # The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
 # `world_size`, and appends a function to each of the two lists above. The training loop in Section
@@ -951,7 +952,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # V_i' is computed from the stored next observation, because the next step of the batch may already
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
-# Note that the critic plays two roles. V_i is the *baseline*, and V_i' is the *bootstrap target*.
+# Note that the critic plays two roles. V_i is the *baseline*, and V_i' is the *bootstrap value*.
 # Suppose that a robot can go left or right, and that one of the two values is wrong:
 #
 # | error | changes A_i(left) by | changes A_i(right) by | effect on the policy |
@@ -1041,9 +1042,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # more agents there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
 # arXiv:2202.00082).
 #
-# *Normalization.* Advantages are scaled to mean 0 and standard deviation 1 over the minibatch, for
-# each agent separately, so that an agent with larger advantages does not drown out the others. The
-# agent dimension, dimension -2, is excluded from the averaging.
+# *Normalization.* Advantages are normalized to zero mean and unit standard deviation over the
+# minibatch, for each agent separately, so that an agent with larger advantages does not drown out
+# the others. The agent dimension, dimension -2, is excluded from the averaging.
 #
 # *The other two terms.* The value loss is the smooth L1 distance between V_i and its target. The
 # entropy bonus (Williams and Peng 1991) keeps the policy from settling too early. The loss module
@@ -1070,8 +1071,8 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
 # Here is the loss computed by hand on one minibatch. Before the first update, every ratio is 1, and
 # under MAPPO, all agents have nearly the same advantage. A mistake could go unnoticed. To expose
 # it, we shift the stored log-probabilities and one agent's advantages by random amounts. The
-# entropy of a squashed normal distribution has no closed form, so both sides estimate it from one
-# sample, drawn with the same seed.
+# entropy of a squashed normal distribution has no closed form, so both versions estimate it from a
+# single sample, drawn with the same seed.
 
 
 # %%
@@ -1119,8 +1120,9 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # ```
 #
 # With IPPO, the numbers differ a little, but the computation is the same. TorchRL also has classes
-# named `MAPPOLoss` and `IPPOLoss`. Both are the same loss with multi-agent defaults. They normalize
-# advantages for each agent and use `MultiAgentGAE`. They can also normalize the values.
+# named `MAPPOLoss` and `IPPOLoss`. Both compute the loss used here, but with multi-agent defaults.
+# They normalize advantages for each agent and use `MultiAgentGAE`. They can also normalize the
+# values.
 #
 # ---
 # ## 8. Training loop
