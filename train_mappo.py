@@ -569,7 +569,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # The simulator is VMAS (Bettini et al. 2022, arXiv:2207.03530), and the task is its *navigation*
 # scenario. A robot acts by applying a force to itself. It observes 18 numbers:
 #
-# | index | observation of a robot |
+# | index | what the robot observes |
 # |---|---|
 # | 0, 1 | its position |
 # | 2, 3 | its velocity |
@@ -1513,8 +1513,9 @@ if navigation and not scenario_options.get("observe_all_goals"):
 # | a shorter horizon, gamma = 0.9 | 1.00 |
 # | successes bootstrapped like timeouts, which keeps the slope at 1.0 | 0.96 |
 #
-# The first change adds only what the local critic lacks, a single number. (You can try it yourself
-# in exercise 12 in teaching/.) This is strong evidence, not proof, and it rests on a single task.
+# The first change adds only the one thing that the local critic lacks: a single number. (You can
+# try it yourself in exercise 12 in teaching/.) This is strong evidence, not proof, and it rests on
+# a single task.
 #
 # Is this file to blame for the forgetting? TorchRL's own tutorial has the same hyperparameters, but
 # keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as

@@ -661,7 +661,7 @@ for row in range(6):
         start = step + 1
 axes.set(xlabel="step of the batch", ylabel="environment", xlim=(0, 100))
 handles = [plt.Rectangle((0, 0), 1, 1, color=color) for color in colors.values()]
-axes.legend(handles, colors, ncols=3, fontsize="small", loc="lower left")
+figure.legend(handles, colors, ncols=3, fontsize="small", loc="outside upper center")
 plt.show()
 
 # %% [markdown]
