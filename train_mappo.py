@@ -168,8 +168,8 @@ after_iteration = []  # functions to call after each iteration, with its metrics
 #
 # The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
 # `world_size`, and appends a function to each of the two lists above. The training loop in Section
-# 8 calls these functions. They read variables from the lesson, such as the policy. Under
-# `torchrun`, the cell also divides the work among the processes.
+# 8 calls these functions. They read variables defined in the rest of the file, such as the policy.
+# Under `torchrun`, the cell also divides the work among the processes.
 
 # %% jupyter={"source_hidden": true}
 import argparse
@@ -317,7 +317,7 @@ def check_hyperparameters():
         )
     team = ", ".join(trial.agent_names)
     one_team = len(trial.group_map) == 1 and not trial.het_specs
-    require(one_team, "scenario_name", f"one with a single team of similar agents, not {team}")
+    require(one_team, "scenario_name", f"one with a single team of homogeneous agents, not {team}")
     fits = trial.n_agents == n_agents or "n_agents" not in given
     require(fits, "n_agents", f"{trial.n_agents}, which is fixed by this scenario")
     n_agents = trial.n_agents
@@ -578,14 +578,14 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 #
 # The reward for each step has three parts:
 #
-# | part | paid to | amount |
+# | part | given to | amount |
 # |---|---|---|
 # | progress | the whole team | how much closer the robots got to their goals, in total |
 # | contact | each robot that touches another | -1 for every robot it touches |
 # | arrival | the whole team | 0.01 if all robots are within 0.05 of their goals |
 #
 # The episode ends as soon as all robots are within 0.10 of their goals, so the last part is hardly
-# ever paid.
+# ever earned.
 #
 # VMAS simulates `num_vmas_envs` copies of this task as one batch of tensors on `device`. If that is
 # a GPU, the data never leaves it.
@@ -603,7 +603,7 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 
 # %%
 def seed_for(*purpose):
-    """Derive a random seed from `seed` for each purpose, so that no two use the same numbers."""
+    """Derive a separate random seed from `seed` for each purpose."""
     return random.Random(f"{seed} {purpose}").getrandbits(32)
 
 
@@ -1134,9 +1134,9 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # 4. measure what happened
 # 5. throw the batch away
 #
-# Two cells prepare the loop. The first names the run's folder and starts its history. The second
-# defines what is measured. Only the first episode of each environment counts, because a later one
-# has less time left in the batch, so slow successes would be missed.
+# Two cells set up what the loop needs. The first names the run's folder and starts its history. The
+# second defines what is measured. Only the first episode of each environment counts, because a
+# later one has less time left in the batch, so slow successes would be missed.
 
 # %%
 algorithm = "MAPPO" if mappo else "IPPO"
