@@ -1358,8 +1358,9 @@ except Exception as error:  # VMAS's renderer can raise many kinds of exceptions
         "If OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
     )
 else:
-    gif = {"format": "GIF", "save_all": True, "append_images": images[1:], "loop": 0}
-    save_whole("rollout.gif", lambda path: images[0].save(path, **gif, duration=60))
+    gif = {"format": "GIF", "save_all": True, "append_images": images[1:]}
+    gif |= {"duration": 60, "loop": 0}
+    save_whole("rollout.gif", lambda path: images[0].save(path, **gif))
     if "get_ipython" in globals():  # notebooks display figures automatically, but not videos
         from IPython.display import Image as Video
         from IPython.display import display

@@ -2,11 +2,14 @@
 
 import ast
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import jupytext
 
-from conftest import SCRIPT
+SCRIPT = Path(__file__).resolve().parents[1] / "train_mappo.py"
+PROBE = "explained_variance_of"  # defined by the cell of Section 4 that takes seconds
+PICTURES = "runs"  # defined by the cell that draws
 
 
 class Cell(NamedTuple):

@@ -18,8 +18,9 @@ import pytest
 import torch
 from torchrl.checkpoint import Checkpoint, CheckpointRotation
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-SCRIPT = REPOSITORY / "train_mappo.py"
+from cells import PICTURES, PROBE, SCRIPT, cell_that_defines
+
+REPOSITORY = SCRIPT.parent
 PROGRAMS = Path(__file__).resolve().parent / "programs"  # that tests start
 BAR = re.compile(r"(MAPPO|IPPO): +\d+%\|")  # a state of the progress bar
 CPU = ("--device", "cpu")  # on which runs can be repeated to the bit
@@ -113,19 +114,16 @@ def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def copy_without(folder, *beginnings):
-    """Write a copy of the script without the cells that begin so; return its path."""
+def copy_without(folder, *names):
+    """Write a copy of the script without the cells that define these names; return its path."""
     text = SCRIPT.read_text(encoding="utf-8")
-    for beginning in beginnings:
-        cell = re.search(rf"\n# %%\n{re.escape(beginning)}.*?(?=\n# %%)", text, re.DOTALL)[0]
-        text = text.replace(cell, "")
+    for name in names:
+        source = cell_that_defines(name)
+        assert text.count(source) == 1
+        text = text.replace(source, "")
     path = folder / "train_mappo.py"
     path.write_text(text, encoding="utf-8")
     return path
-
-
-PROBE = "def explained_variance_of"
-PICTURES = "import csv\n\nfrom PIL import Image"
 
 
 @pytest.fixture(scope="session")

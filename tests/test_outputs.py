@@ -7,14 +7,13 @@ import re
 import jupytext
 import pytest
 
-from cells import assigned_names, read_cells, with_values
-from conftest import SCRIPT
+from cells import PICTURES, SCRIPT, assigned_names, read_cells, with_values
 
 NUMBER = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
 
 
-def quoted_outputs():
-    """Return {source of a cell: {algorithm: lines}} of the blocks quoted below each cell.
+def quoted_outputs(algorithm):
+    """Return {source of a cell: lines} of the blocks quoted for an algorithm below each cell.
 
     A block below the word MAPPO or IPPO is that of this algorithm, others are those of both.
     """
@@ -30,12 +29,9 @@ def quoted_outputs():
         blocks = re.findall(
             r"^(?:[^\n]*\b(MAPPO|IPPO)\b[^\n]*\n)?```\n(.*?)```", first, re.M | re.S
         )
-        quoted = {}
-        for algorithm, block in blocks:
-            for name in [algorithm] if algorithm else ["MAPPO", "IPPO"]:
-                quoted.setdefault(name, block.splitlines())
+        quoted = [block.splitlines() for name, block in blocks if name in ("", algorithm)]
         if quoted and source and "print(" in source:
-            found[source] = quoted
+            found[source] = quoted[0]
     return found
 
 
@@ -46,8 +42,8 @@ def printed(request, tmp_path_factory):
     values = {"mappo": request.param, "device": "cpu", "n_iters": 1, "num_epochs": 1}
     values["run_folder"] = str(tmp_path_factory.mktemp("printed") / "run")
     for cell in read_cells():
-        if cell.part == "engineering" or "runs" in assigned_names(cell.source):
-            continue  # the last is that of the pictures
+        if cell.part == "engineering" or PICTURES in assigned_names(cell.source):
+            continue
         source = cell.source
         if "mappo" in assigned_names(source):
             source = with_values(source, **values)
@@ -66,10 +62,8 @@ def shape_of(line):
 def test_quoted_outputs_are_what_the_cells_print(printed):
     """The same lines, words, whole numbers, and counts of decimal numbers."""
     algorithm, found = printed
-    quoted = {
-        source: found[algorithm] for source, found in quoted_outputs().items() if algorithm in found
-    }
-    assert len(quoted) >= 7
+    quoted = quoted_outputs(algorithm)
+    assert len(quoted) >= {"MAPPO": 8, "IPPO": 7}[algorithm]
     for source, lines in quoted.items():
         real = found[source]
         if "value_slope" in assigned_names(source):
@@ -80,13 +74,13 @@ def test_quoted_outputs_are_what_the_cells_print(printed):
 def test_quoted_signs_and_equal_columns_are_real(printed):
     """Values, rewards, advantages and losses before training are the same but for rounding."""
     algorithm, found = printed
-    for source, lines in quoted_outputs().items():
-        if algorithm not in lines or assigned_names(source) & {"evaluation", "value_slope"}:
+    for source, lines in quoted_outputs(algorithm).items():
+        if assigned_names(source) & {"evaluation", "value_slope"}:
             continue  # these depend on the training
-        numbers = [float(one) for line in lines[algorithm] for one in NUMBER.findall(line)]
+        numbers = [float(one) for line in lines for one in NUMBER.findall(line)]
         real = [float(one) for line in found[source] for one in NUMBER.findall(line)]
         assert numbers == pytest.approx(real, rel=0.1, abs=0.005)
-        distinct = [len(set(NUMBER.findall(line))) for line in lines[algorithm]]
+        distinct = [len(set(NUMBER.findall(line))) for line in lines]
         assert distinct == [len(set(NUMBER.findall(line))) for line in found[source]]
 
 

@@ -9,10 +9,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from cells import assigned_names, read_cells, with_values, without
+from cells import PROBE, assigned_names, read_cells, with_values, without
 from conftest import BAR, SCRIPT, TINY, assert_same, load, options, rows, run_inside
-
-PROBE = ["explained_variance_of"]
 
 
 def kernel(folder):
@@ -49,7 +47,7 @@ def test_the_method_runs_alone(tmp_path):
     """In a Jupyter kernel, without the engineering: a policy that moved and its evaluation."""
     client = kernel(tmp_path)
     with client.setup_kernel():
-        shown = run_cells(client, without("engineering", defining=PROBE))
+        shown = run_cells(client, without("engineering", defining=[PROBE]))
         check = "print(len(history), (policy.state_dict()['module.0.module.0.params.0.weight'] - "
         check += "untrained_policy.state_dict()['module.0.module.0.params.0.weight']).any().item())"
         assert texts(run_cells(client, [check]), "stdout") == "2 True\n"
@@ -77,7 +75,7 @@ def flipped(tmp_path_factory):
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     section_1 = next(source for source in code if "mappo" in assigned_names(source))
     section_4 = [cell.part for cell in read_cells()].index("4")
-    later = [source for source in code[section_4:] if not {*PROBE} & assigned_names(source)]
+    later = [source for source in code[section_4:] if PROBE not in assigned_names(source)]
     client = kernel(folder)
     with client.setup_kernel():
         outputs = [run_cells(client, code)]
@@ -122,7 +120,7 @@ def test_a_notebook_resumes_a_stopped_run(lean, tmp_path):
         run_inside(*words, path=lean)
     client = kernel(tmp_path)
     with client.setup_kernel():
-        sources = without("9", "10", boxes=False, defining=PROBE)
+        sources = without("9", "10", boxes=False, defining=[PROBE])
         shown = run_cells(client, sources, run_folder=str(tmp_path / "1"))
     assert "1 of 2 iterations are done" in texts(shown, "stdout")
     assert len(load(tmp_path / "1")["history"]) == 2
