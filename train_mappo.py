@@ -1,13 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#     "torch==2.13.0",
+#     "torch==2.14.1",
 #     "torchrl==0.14.1",
 #     "tensordict==0.14.3",
 #     "vmas==1.5.2",
 #     "tqdm==4.70.1",
-#     "matplotlib==3.10.8",
-#     "pillow==12.3.0",
+#     "matplotlib==3.11.2",
+#     "pillow==13.0.0",
 # ]
 # ///
 """Learn multi-agent PPO with TorchRL, in one file that you read from top to bottom.
@@ -27,12 +27,14 @@ notebook.
 import copy
 import json
 import logging
+import os
 import random
 import time
+import warnings
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
@@ -43,35 +45,35 @@ from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import MultiAgentMLP, NormalParamExtractor, ProbabilisticActor, TanhNormal
 from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import MultiAgentGAE
-from torchrl.objectives.value.functional import generalized_advantage_estimate
 from tqdm import tqdm
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it logs every buffer
+# A scenario whose team has a fixed size does not use n_agents, and VMAS warns about that.
+warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
 
 # %% [markdown]
 # # Multi-agent PPO, step by step
 #
 # You already know single-agent PPO. Here you train a team. Three robots start at random positions,
-# each with its own goal, and share most of the reward. After a minute or two of training on two CPU
-# cores, you get this:
+# each with its own goal, and share most of the reward. Two algorithms learn this task, and a single
+# argument in the code sets them apart. After ten iterations, both reach the goals in most episodes.
+# Train for five more iterations, and one of them gets even better, while the other hardly ever
+# succeeds again.
 #
-# | 200 test episodes, seed 0 | untrained | trained with MAPPO |
-# |---|---|---|
-# | success rate | 0.00 | 0.94 |
-# | steps per episode, at most 100 | 100 | 63 |
-# | reward per robot per episode | -0.01 | 3.15 |
+# **Which one fails, and why?** Write down your guess. At the end of this file, you will be able to
+# see the answer in a picture of what your own critic has learned.
 #
 # PPO (Schulman et al. 2017, arXiv:1707.06347) is *on-policy*. It collects a batch of experience
 # with the current policy, improves the policy on that batch for a few epochs, and throws the batch
-# away. A *critic* predicts the return. Actions that turn out better than predicted become more
+# away. A *critic* predicts the return, and actions that turn out better than predicted become more
 # likely.
 #
 # With several agents, the others are part of each agent's environment. They learn too, so a move
 # that worked yesterday may fail today. To a single agent, the world is *non-stationary*. On-policy
-# data limits the damage, because no batch is older than one iteration. Experience from a large
-# replay buffer would reflect teammates that no longer exist.
+# data limits the damage, because no batch is older than one iteration, whereas a large replay
+# buffer would be full of experience with teammates that no longer exist.
 #
-# Two algorithms are popular, and they differ in what the critic sees:
+# The two algorithms differ in what the critic sees:
 #
 # ```
 #                 IPPO                               MAPPO
@@ -88,11 +90,11 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it logs
 # - **IPPO**, independent PPO (de Witt et al. 2020, arXiv:2011.09533), has a *local* critic.
 # - **MAPPO**, multi-agent PPO (Yu et al. 2022, arXiv:2103.01955), has a *centralized* critic.
 #
-# The critic can see more than the policy, because it is not used once training is over. This is
+# The critic may see more than the policy, because it is not used once training is over. This is
 # called *centralized training with decentralized execution*, or CTDE. Seeing more is not always
-# better. On many of the tasks in these two papers, IPPO does as well as MAPPO.
+# better, and on many of the tasks in these two papers, IPPO does as well as MAPPO.
 #
-# These symbols and terms are used throughout. The index i runs over the agents. The sizes are
+# These symbols and terms are used throughout. The index i runs over the agents, and the sizes are
 # those of the default run.
 #
 # | symbol | meaning | key in the data | size for each agent |
@@ -113,455 +115,455 @@ logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it logs
 # | bootstrapping | using the critic's value in place of rewards that were not collected |
 #
 # ## 1. Hyperparameters
-# Change the defaults here, or override them on the command line, for example with `--n-iters 20`.
+# Every setting of a run is a field of `Config`. Change the defaults here, or override them on the
+# command line, for example with `--n-iters 20`. To add a setting of your own, write its name, type
+# and default. It becomes an option and is recorded with the run. A value that follows from others
+# should be a property, as at the end of the class, because a default is computed only once.
 
-# %%
-mappo = True  # True: centralized critic (MAPPO); False: local critic (IPPO)
-seed = 0  # random seed for the networks, the simulator and sampling
-device = "cuda" if torch.cuda.is_available() else "cpu"  # for simulation and training
 
-scenario_name = "navigation"  # the name of a VMAS scenario, or your own scenario class
-scenario_options = {}  # its keyword arguments, such as {"shared_rew": False}
-n_agents = 3  # team size, if the scenario lets you choose it
-max_steps = 100  # time limit of an episode
+# %% id="config"
+@dataclass(slots=True)  # with slots, a misspelled name is an error
+class Config:
+    mappo: bool = True  # True: centralized critic (MAPPO); False: local critic (IPPO)
+    seed: int = 0  # random seed for the networks, the simulator and sampling
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # for simulation and training
 
-frames_per_batch = 6000  # frames collected per iteration
-n_iters = 10  # iterations of collecting and learning
+    scenario_name: str | type = "navigation"  # a VMAS scenario, or your own scenario class
+    scenario_options: dict = field(default_factory=dict)  # such as {"shared_rew": False}
+    n_agents: int = 3  # team size; some scenarios allow only one
+    max_steps: int = 100  # time limit of an episode
 
-num_epochs = 30  # passes over each batch
-minibatch_size = 400  # frames per gradient step; a frame includes all agents
-lr = 3e-4  # Adam's learning rate
-anneal_lr = False  # decrease the learning rate linearly to 0
-max_grad_norm = 1.0  # larger gradients are scaled down to this norm
-clip_epsilon = 0.2  # PPO's clipping range
-gamma = 0.99  # discount factor
-lmbda = 0.9  # lambda of generalized advantage estimation
-entropy_eps = 1e-4  # weight of the entropy bonus
-critic_coeff = 0.5  # weight of the value loss
-normalize_advantage = True  # to mean 0 and standard deviation 1
+    frames_per_batch: int = 6000  # frames collected per iteration
+    n_iters: int = 10  # iterations of collecting and learning
 
-share_parameters_policy = True  # one policy network for all agents; False: one each
-share_parameters_critic = True  # one critic network for all agents; False: one each
-depth = 2  # hidden layers per network
-num_cells = 256  # units per hidden layer
+    num_epochs: int = 30  # passes over each batch
+    minibatch_size: int = 400  # frames per gradient step; a frame includes all agents
+    lr: float = 3e-4  # Adam's learning rate
+    anneal_lr: bool = False  # decrease the learning rate linearly to 0
+    max_grad_norm: float = 1.0  # larger gradients are scaled down to this norm
+    clip_epsilon: float = 0.2  # PPO's clipping range
+    gamma: float = 0.99  # discount factor
+    lmbda: float = 0.9  # lambda of generalized advantage estimation
+    entropy_eps: float = 1e-4  # coefficient of the entropy bonus
+    critic_coeff: float = 0.5  # coefficient of the value loss
+    normalize_advantage: bool = True  # to mean 0 and standard deviation 1
 
-evaluation_episodes = 200  # test episodes before and after training
-evaluation_seed = 12345  # random seed for the test episodes
-run_folder = ""  # where results go; empty: a new folder in runs/
-logger = ""  # also log to "tensorboard", "wandb", "mlflow", "trackio" or "csv"
+    share_parameters_policy: bool = True  # one policy network for all agents; False: one each
+    share_parameters_critic: bool = True  # one critic network for all agents; False: one each
+    depth: int = 2  # hidden layers per network
+    num_cells: int = 256  # units per hidden layer
+
+    evaluation_interval: int = 5  # test the policy after every so many iterations
+    evaluation_episodes: int = 200  # test episodes
+    evaluation_seed: int = 12345  # random seed for the test episodes
+    run_folder: str = ""  # where results go; empty: a new folder in runs/
+    logger: str = ""  # also log to "tensorboard", "wandb", "mlflow", "trackio" or "csv"
+
+    @property
+    def num_vmas_envs(self):
+        return self.frames_per_batch // self.max_steps  # a full episode from each fits in a batch
+
+
+cfg = Config()
 
 # %% [markdown]
 # *Question 1. How many gradient steps does one iteration take?* (The answers are at the end.)
+#
+# In a notebook, you can also write `cfg.mappo = False` in a cell of its own. After a change, run
+# everything below this cell again. If you have only changed `mappo`, or a value that no earlier
+# section uses, you can begin at Section 4.
+#
+# The next cell holds placeholders for the engineering cell that follows it, and you can ignore both
+# until Section 8. If you run this one again, run that one again as well.
 
-# %%
-rank, world_size = 0, 1  # the index of this process, and the number of processes
-before_training = []  # functions to call once, before the training loop
-after_iteration = []  # functions to call after each iteration, with its metrics
+
+# %% id="placeholders"
+rank, world_size = 0, 1  # the index of this process, and how many there are
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}  # does not change what is learned
+BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
+
+
+class Run:
+    """What the training loop calls. This class does nothing, and so it saves nothing."""
+
+    def distribute(self, loss_module):
+        return loss_module
+
+    def resume(self, cfg, folder, history, learner):
+        pass
+
+    def save(self, history, learner):
+        pass
+
+    def finish(self):
+        pass
+
+
+run = Run()
+
+
+def save_whole(path, write):
+    """Let `write` fill a binary file, then move it to `path`, which is never left half-written."""
+    if rank == 0:
+        unfinished = path.with_name(f".unfinished-{path.name}")
+        try:
+            with open(unfinished, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
 
 # %% [markdown]
 # ---
 # ## Engineering (skip this cell and go on to Section 2)
-# The next cell teaches you nothing about the method. It turns Section 1 into command-line options,
-# rejects invalid values, saves checkpoints and resumes from them, writes and logs the metrics, and
-# distributes the work under `torchrun`. Without it, everything else runs the same way, and training
-# gives the same results.
-#
-# The next cell and the rest of the file interact in only a few places. The cell sets `rank` and
-# `world_size`, and appends a function to each of the two lists above. The training loop in Section
-# 8 calls these functions. They read variables defined in the rest of the file, such as the policy.
-# Under `torchrun`, the cell also divides the work among the processes.
+# The next cell teaches you nothing about the method. It turns the fields of `Config` into
+# command-line options, rejects invalid values, saves checkpoints and resumes from them, writes and
+# logs the metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`,
+# `world_size` and `run` from the cells above and touches nothing else, so training gives the same
+# numbers without it.
 
-# %% jupyter={"source_hidden": true}
+# %% id="engineering" jupyter={"source_hidden": true}
 import argparse
-import ast
 import csv
-import functools
 import importlib.util
+import inspect
 import io
 import math
-import os
-import re
 import shlex
+import shutil
+import signal
 import sys
 import tempfile
-import warnings
-import zipfile
+from contextlib import suppress
+from dataclasses import fields, replace
 
+import vmas
 from torch import distributed as dist
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.record.loggers import get_logger
 
-# VMAS warns about options that a scenario does not recognize. If it cannot find room for all
-# agents, it warns and keeps searching. Both become errors here. Ignoring n_agents is harmless.
-warnings.filterwarnings("error", "Scenario kwargs")
-warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
-warnings.filterwarnings("error", "It is taking many iterations to spawn")
-
-
-def is_number(x):
-    """Return True for a finite int or float that is not negative; False for a bool."""
-    return type(x) in (int, float) and 0 <= x < math.inf
-
-
-FLAGS = ["mappo", "anneal_lr", "normalize_advantage"]
-FLAGS += ["share_parameters_policy", "share_parameters_critic"]
 COUNTS = ["n_agents", "max_steps", "frames_per_batch", "n_iters", "num_epochs", "minibatch_size"]
-COUNTS += ["depth", "num_cells", "evaluation_episodes"]
-SEEDS = ["seed", "evaluation_seed"]
-SCALES = ["lr", "max_grad_norm", "critic_coeff"]
-TEXTS = ["device", "run_folder", "logger"]
-CHECKS = [  # names, the requirement in words, and the test for it
-    (FLAGS, "True or False", lambda x: type(x) is bool),
-    (COUNTS, "a whole number from 1 to a billion", lambda x: type(x) is int and 0 < x <= 10**9),
-    (SEEDS, "a whole number from 0 to 2**32 - 1", lambda x: type(x) is int and 0 <= x < 2**32),
-    (SCALES, "a number above 0", lambda x: is_number(x) and x > 0),
-    (["gamma", "lmbda"], "a number from 0 to 1", lambda x: is_number(x) and x <= 1),
-    (["clip_epsilon"], "a number between 0 and 1", lambda x: is_number(x) and 0 < x < 1),
-    (["entropy_eps"], "a non-negative number", is_number),
-    (TEXTS, "a string", lambda x: type(x) is str),
-    (["scenario_options"], "a dictionary", lambda x: type(x) is dict),
-    (["scenario_name"], "a string or a class", lambda x: isinstance(x, (str, type))),
+COUNTS += ["depth", "num_cells", "evaluation_interval", "evaluation_episodes"]
+RANGES = [  # settings, what they must be, and the test for it
+    (COUNTS, "a whole number from 1 to a billion", lambda x: 1 <= x <= 10**9),
+    (["seed", "evaluation_seed"], "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
+    (["lr", "max_grad_norm", "critic_coeff"], "a number above 0", lambda x: 0 < x < math.inf),
+    (["gamma", "lmbda"], "a number from 0 to 1", lambda x: 0 <= x <= 1),
+    (["clip_epsilon"], "a number between 0 and 1", lambda x: 0 < x < 1),
+    (["entropy_eps"], "0 or a positive number", lambda x: 0 <= x < math.inf),
 ]
-MAY_CHANGE = ["run_folder", "logger", "device", "n_iters", "evaluation_episodes", "evaluation_seed"]
-command_line, given = None, {}  # argparse's parser and the options given, if run as a script
+EARLY = ["seed", "scenario_name", "scenario_options", "n_agents", "max_steps", "frames_per_batch"]
+EARLY += ["depth", "num_cells", "share_parameters_policy"]  # what Sections 2 and 3 use
+LOGGERS = ["", "csv", "mlflow", "tensorboard", "trackio", "wandb"]
 
 
-def reject(sentence):
-    """Exit a script with status 2 and this message; in a notebook, raise a ValueError."""
-    sentence = " ".join(sentence.splitlines())
-    if command_line is not None:
-        command_line.error(sentence)
-    raise ValueError(sentence)
+class BadInput(ValueError):
+    """A setting that cannot be used. The message names it, its value and what would be right."""
 
 
-def require(condition, name, expected):
-    """Reject the value of a hyperparameter unless the condition holds."""
+def require(cfg, name, condition, expected):
+    """Raise BadInput unless the condition holds."""
     if not condition:
-        reject(f"{name} is {globals()[name]!r}, but must be {expected}")
+        raise BadInput(f"{name} is {getattr(cfg, name)!r}, but must be {expected}")
 
 
-def find_hyperparameters():
-    """Return the names in Section 1, including those that the reader has added to its cells."""
-    names = dict.fromkeys(name for group, _, _ in CHECKS for name in group)
-    cells, added = globals().get("In", []), {}  # In: the cells that IPython has run
-    if not cells and "__file__" in globals():
-        cells = re.split(r"^# %%.*$", Path(__file__).read_text("utf-8"), flags=re.MULTILINE)
-    for cell in cells:
+def record_of(cfg):
+    """Return the settings as JSON stores them, a class or function by its name."""
+    record = {}
+    for name in (one.name for one in fields(cfg)):
         try:
-            statements = ast.parse(cell).body
-        except SyntaxError:  # an IPython command
-            continue
-        targets = [target for one in statements for target in getattr(one, "targets", [])]
-        targets += [one.target for one in statements if isinstance(one, ast.AnnAssign)]
-        assigned = [target.id for target in targets if isinstance(target, ast.Name)]
-        if not names.keys().isdisjoint(assigned):
-            added |= dict.fromkeys(name for name in assigned if name in globals())
-    return [*(names | added)]
+            text = json.dumps(getattr(cfg, name), allow_nan=False, default=lambda x: x.__name__)
+            record[name] = json.loads(text)
+        except (AttributeError, TypeError, ValueError):
+            require(cfg, name, False, "JSON-serializable")
+    return record
 
 
-def as_json(name):
-    """Return the value of a hyperparameter as it is stored in JSON; reject it if it cannot be."""
-    value = globals()[name]
-    if isinstance(value, type):
-        return value.__name__  # the name of the reader's own scenario
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError):
-        reject(f"{name} is {value!r}, but must be JSON-serializable")
+def check_values(cfg):
+    """Require that each setting has the type of its default, is in its range, and can be saved."""
+    ranges = {name: (words, fits) for names, words, fits in RANGES for name in names}
+    also = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}  # accepted as well
+    for name, default in asdict(Config()).items():
+        value, kind = getattr(cfg, name), type(default)
+        words, fits = ranges.get(name, (f"of type {kind.__name__}", lambda x: True))
+        kinds = (str, type) if name == "scenario_name" else also.get(kind, kind)
+        right = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+        require(cfg, name, default is None or (right and fits(value)), words)
+    record_of(cfg)
 
 
-def check_hyperparameters():
-    """Reject invalid values; set `n_agents` if the scenario fixes the size of the team."""
-    global n_agents
-    for names, expected, is_right in CHECKS:
-        for name in names:
-            require(is_right(globals()[name]), name, expected)
-    for name in hyperparameters:
-        as_json(name)
-    fits = frames_per_batch % (max_steps * world_size) == 0
-    require(fits, "frames_per_batch", f"a multiple of max_steps, {max_steps}, in each process")
-    fits = frames_per_batch % minibatch_size == 0 and minibatch_size % world_size == 0
-    shared = f", that {world_size} processes can share" if world_size > 1 else ""
-    require(fits, "minibatch_size", f"a divisor of frames_per_batch, {frames_per_batch}{shared}")
-    fits = minibatch_size >= 2 * world_size
-    require(fits, "minibatch_size", "at least 2 per process, to have a standard deviation")
+def check_scenario(cfg):
+    """Require that VMAS can build the scenario, in as many copies as the run needs."""
+    name, options, known = cfg.scenario_name, cfg.scenario_options, VmasEnv.available_envs
+    own = isinstance(name, type)
+    require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
+    taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
+    require(cfg, "scenario_options", not taken, f"without {taken}, which this file sets itself")
+    with warnings.catch_warnings():  # of an option that is unknown, or of agents without room
+        for message in ("Scenario kwargs: (?!.*n_agents)", "It is taking many iterations to spawn"):
+            warnings.filterwarnings("error", message)
+        try:
+            trial = VmasEnv(
+                name() if own else name,
+                num_envs=min(1000, max(cfg.evaluation_episodes, cfg.num_vmas_envs // world_size)),
+                seed=cfg.evaluation_seed,
+                scenario_kwargs={"n_agents": cfg.n_agents, **options},
+            )
+        except (AssertionError, TypeError, UserWarning, ValueError) as error:
+            if own and not isinstance(error, UserWarning):
+                raise  # a mistake in the reader's own class keeps its traceback
+            words = f"built with other than n_agents = {cfg.n_agents} and {options} ({error})"
+            require(cfg, "scenario_name", False, words)
+    one_team = len(trial.group_map) == 1 and not trial.het_specs
+    words = f"one with a single team of equal agents, not {', '.join(trial.agent_names)}"
+    require(cfg, "scenario_name", one_team, words)
+    fits = trial.n_agents == cfg.n_agents
+    require(cfg, "n_agents", fits, f"{trial.n_agents}, the size of this scenario's team")
 
+
+def check(cfg, folder, saved):
+    """Require that a run can begin in the folder with these settings, or resume there."""
+    check_values(cfg)
+    frames, minibatch, steps = cfg.frames_per_batch, cfg.minibatch_size, cfg.max_steps * world_size
+    words = f"a multiple of max_steps times the number of processes, {steps}"
+    require(cfg, "frames_per_batch", frames % steps == 0, words)
+    fits = frames % minibatch == 0 and minibatch % world_size == 0 and minibatch >= 2 * world_size
+    words = f"a divisor of frames_per_batch, {frames}, with 2 or more frames for each process"
+    require(cfg, "minibatch_size", fits, words)
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
     devices += [f"cuda:{index}" for index in range(gpus) if world_size == 1]
-    require(device in devices, "device", f"{' or '.join(devices)} (GPUs found: {gpus})")
-    loggers = ["", "tensorboard", "wandb", "mlflow", "trackio", "csv"]
-    require(logger in loggers, "logger", f"one of {loggers}")
-    packages = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"]}.get(logger, [logger])
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
-    require(not missing, "logger", "one that is installed: pip install " + " ".join(missing))
-
-    own = isinstance(scenario_name, type)
-    known = own or scenario_name in VmasEnv.available_envs
-    require(known, "scenario_name", "one of " + ", ".join(VmasEnv.available_envs))
-    fits = "n_agents" not in scenario_options
-    require(fits, "scenario_options", "without n_agents, which has its own option")
+    words = f"{' or '.join(devices)} (GPUs found: {gpus})"
+    require(cfg, "device", cfg.device in devices, words)
+    require(cfg, "logger", cfg.logger in LOGGERS, f"one of {LOGGERS}")
+    needed = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"]}.get(cfg.logger, [cfg.logger])
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    require(cfg, "logger", not missing, f"installed first: pip install {' '.join(missing)}")
+    check_scenario(cfg)
+    now, then = record_of(cfg), saved["config"] if saved else {}
+    for name in (now.keys() & then.keys()) - BOOKKEEPING:
+        words = f"{then[name]!r}, as in the run to be resumed"
+        require(cfg, name, now[name] == then[name], words)
+    done = len(saved["history"]) if saved else 0
+    require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, which are done already")
     try:
-        trial = VmasEnv(
-            scenario_name() if own else scenario_name,
-            num_envs=min(1000, max(evaluation_episodes, frames_per_batch // max_steps)),
-            seed=evaluation_seed,
-            device="cpu",
-            scenario_kwargs={"n_agents": n_agents, **scenario_options},
-        )
-    except Exception as error:
-        reject(
-            f"{scenario_name} cannot be built: n_agents is {n_agents} and scenario_options is "
-            f"{scenario_options}, but must be fewer agents or options that it accepts "
-            f"({type(error).__name__}: {error})"
-        )
-    team = ", ".join(trial.agent_names)
-    one_team = len(trial.group_map) == 1 and not trial.het_specs
-    require(one_team, "scenario_name", f"one with a single team of homogeneous agents, not {team}")
-    fits = trial.n_agents == n_agents or "n_agents" not in given
-    require(fits, "n_agents", f"{trial.n_agents}, which is fixed by this scenario")
-    n_agents = trial.n_agents
-
-
-def read_run(place):
-    """Return the hyperparameters and the history of the run in a folder; ({}, []) for a new one.
-
-    Rejects a folder that contains something else, and a run whose files are damaged.
-    """
-    here = f"run_folder is {str(place)!r}, but must be"
-    try:
-        names = {path.name for path in place.iterdir()} if place.exists() else set()
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        reject(f"{here} a folder ({error})")
-    saved = any(name.startswith("checkpoint-") for name in names)
-    visible = {name for name in names if name[0] != "."} - {"hyperparameters.json"}
-    if visible and not (saved and "hyperparameters.json" in names):
-        reject(f"{here} new, empty or the folder of a run; it contains {min(visible)}, but no run")
-    if "hyperparameters.json" not in names:
-        return {}, []
+        raise BadInput(f"run_folder is '{folder}', but must be writable ({error})") from error
+
+
+def read_run(folder):
+    """Return the checkpoint of the run in a folder, or None if the folder is new or empty."""
+    path, here = folder / "checkpoint.pt", f"run_folder is '{folder}', but must be"
     try:
-        recorded, past = dict(json.loads((place / "hyperparameters.json").read_text("utf-8"))), []
+        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        saved = torch.load(path, "cpu", weights_only=True) if path.name in names else None
         if saved:
-            newest = CheckpointRotation(place, keep_last=2).latest()
-            kinds = {Path(member).suffix for member in zipfile.ZipFile(newest).namelist()}
-            if kinds - {".json", ".memmap"}:  # numbers and text; anything else could run code
-                raise ValueError(f"it contains unexpected kinds of files, {kinds}")
-            Checkpoint(history=past).load(newest)
-            steps = range(int(newest.stem.removeprefix("checkpoint-")))
-            if [row["iteration"] for row in past] != [*steps]:
-                raise ValueError("its history is incomplete")
-        if type(recorded["world_size"]) is not int:
-            raise ValueError("its world_size is missing")
-    except Exception as error:
-        reject(f"{here} the folder of a run; its files are damaged or foreign ({error!r})")
-    return recorded, past
+            complete = saved.keys() >= {"config", "world_size", "log_id", "policy", "critic"}
+            steps = [row["iteration"] for row in saved["history"]]
+            if not complete or steps != [*range(len(steps))]:
+                raise ValueError("a part is missing")
+    except NotADirectoryError:
+        raise BadInput(f"{here} a folder") from None
+    except Exception as error:  # a damaged file can raise nearly anything
+        words = f"{here} the folder of a run. Its {path.name} is damaged or of another version"
+        raise BadInput(words) from error
+    other = [name for name in names if not name.startswith(".")]
+    if other and not saved:
+        raise BadInput(f"{here} new, empty or the folder of a run. It contains {other[0]}")
+    return saved
 
 
-def check_against(recorded, past):
-    """Reject hyperparameters that conflict with those of the run being resumed."""
-    for name in hyperparameters:
-        same = name not in recorded or name in MAY_CHANGE or as_json(name) == recorded[name]
-        require(same, name, f"{recorded.get(name)!r}, as in the run being resumed")
-    fits = n_iters >= len(past)
-    require(fits, "n_iters", f"at least {len(past)}, the number of iterations already done")
-
-
-def number(text):
-    """Parse the command-line value of a numeric hyperparameter."""
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
-
-
-def parse_json(text):
-    """Parse the command-line value of a hyperparameter that is a list, a dictionary or None."""
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is not JSON") from error
+def number_or_json(text):
+    """Return what a word of the command line stands for."""
+    for read in (int, float, json.loads):
+        with suppress(ValueError):
+            return read(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor JSON")
 
 
 def make_parser():
-    """Return a parser with an option for each hyperparameter, and Section 1 as its help."""
-    section_1 = Path(__file__).read_text("utf-8").partition("\nmappo")[2].partition("\n# %%")[0]
+    """Return a parser with an option for each field of Config."""
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
         usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-        description="Each name is an option, with - in place of _. Values are the defaults.",
-        epilog=f"mappo{section_1}",
+        description="Each field is an option, with - in place of _. Values are the defaults.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    for name in hyperparameters:
-        kind, how = type(globals()[name]), {"action": argparse.BooleanOptionalAction}
-        if kind is not bool:
-            how = {"type": {int: number, float: number, str: str, type: str}.get(kind, parse_json)}
+    with suppress(OSError, TypeError):  # there is no source if the file comes from standard input
+        parser.epilog = inspect.getsource(Config)
+    for name, default in asdict(Config()).items():
+        how = {"type": str if isinstance(default, (str, type)) else number_or_json}
+        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else how
         parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **how)
     return parser
 
 
-def read_command_line():
-    """Set the hyperparameters to the options given, or else to those of the run to be resumed."""
-    global command_line, given
-    command_line = make_parser()
-    given = vars(command_line.parse_args())
-    globals().update(given)
-    recorded, past = read_run(Path(run_folder)) if run_folder else ({}, [])
-    mine = {name for name in hyperparameters if name in recorded} - {"run_folder", *given}
-    kept = {name: recorded[name] for name in mine if as_json(name) != recorded[name]}
-    globals().update(kept)
-    check_hyperparameters()
-    check_against(recorded, past)
+def read_command_line(cfg):
+    """Return the settings with the options given, or else with those of the run to be resumed."""
+    parser = make_parser()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
+    given = vars(parser.parse_args())
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
-        if run_folder:
-            Path(run_folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=run_folder).close()
-    except OSError as error:
-        require(False, "run_folder", f"a writable folder ({error})")
+        cfg = replace(cfg, **given)
+        folder = Path(cfg.run_folder or "runs").expanduser()
+        saved = read_run(folder) if cfg.run_folder else None
+        now, then = record_of(cfg), saved["config"] if saved else {}
+        names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
+        kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
+        cfg = replace(cfg, **kept)
+        check(cfg, folder, saved)
+    except BadInput as error:
+        parser.error(" ".join(str(error).split()))
     if kept:
-        print("Kept from the run:", ", ".join(f"{name} = {kept[name]!r}" for name in sorted(kept)))
+        print("Kept from the run:", ", ".join(f"{name} = {x!r}" for name, x in kept.items()))
+    return cfg
 
 
-def explain_the_end(kind, error, trace):
-    """Instead of a traceback, say how to resume after Ctrl-C, or that there are too many agents."""
-    place = globals().get("folder", Path(run_folder or "."))
-    sentence = None
-    if kind is KeyboardInterrupt:
-        kept = any(place.glob("checkpoint-*"))
-        how = "resume with: " + shlex.join(["python", sys.argv[0], "--run-folder", str(place)])
-        sentence = f"stopped; {how if kept else 'nothing was saved'}"
-    elif "many iterations to spawn" in str(error):
-        sentence = f"n_agents is {n_agents}, but must be smaller: VMAS found no room for all"
-    is_program = vars(sys.modules["__main__"]) is globals() and not hasattr(sys, "ps1")
-    if sentence is None or not is_program:
-        sys.__excepthook__(kind, error, trace)
-    elif rank == 0:
-        print(f"\ntrain_mappo.py: {sentence}", file=sys.stderr)
+class SavedRun(Run):
+    """A run that process 0 saves to a folder after each iteration, and that can be resumed."""
 
+    def __init__(self, cfg, is_program):
+        self.built_with, self.is_program = record_of(cfg), is_program
 
-def write_tables():
-    """Write hyperparameters.json and, once there are metrics, metrics.csv."""
-    record = {name: as_json(name) for name in hyperparameters}
-    record = json.dumps({**record, **the_job, "world_size": world_size}, indent=2)
-    save_whole("hyperparameters.json", lambda path: path.write_text(record, "utf-8"))
-    columns = sorted({name for row in history for name in row} - {"iteration", "frames"})
-    table = io.StringIO()
-    writer = csv.DictWriter(table, ["iteration", "frames", *columns], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    if history:
-        save_whole("metrics.csv", lambda path: path.write_text(table.getvalue(), "utf-8"))
+    def distribute(self, loss_module):
+        """Let each backward pass average the gradients over the processes."""
+        if world_size == 1:
+            return loss_module
+        return nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
 
+    def resume(self, cfg, folder, history, learner):
+        """Load the run in the folder into `history` and `learner`, or begin a new one there."""
+        self.cfg, self.folder, saved, now = cfg, folder, read_run(folder), record_of(cfg)
+        check(cfg, folder, saved)
+        for name in EARLY:
+            words = f"{self.built_with[name]!r}, or rerun everything below Section 1"
+            require(cfg, name, now[name] == self.built_with[name], words)
+        launcher = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
+        self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
+        self.log_id = saved["log_id"] if saved else f"{datetime.now():%y%m%d%H%M%S%f}"
+        if saved:
+            history[:] = saved["history"]
+            for name, part in learner.items():
+                part.load_state_dict(saved[name])
+            print(f"Resuming {folder}: {len(history)} of {cfg.n_iters} iterations are done")
+            if saved["world_size"] != world_size:
+                print(f"It used {saved['world_size']} process(es) and now uses {world_size}")
+            if cfg.anneal_lr and saved["config"]["n_iters"] < cfg.n_iters:
+                last = learner["optimizer"].param_groups[0]["lr"]
+                next_lr = cfg.lr * (1 - len(history) / cfg.n_iters)
+                print(f"The learning rate was {last:.2g}. It continues at {next_lr:.2g}.")
+        else:
+            print(f"New run: {folder}")
+        if self.is_program:
+            print(f"To resume it after an interruption: {self.command}")
+            sys.excepthook = self.explain_interrupt
+        if world_size > 1:
+            dist.barrier()  # every process must have read the folder before one writes
+        self.write(history, learner)
+        self.open_log(saved, history)
 
-def start_or_resume():
-    """Begin a new run in `folder`, or load the newest checkpoint of the run that is there."""
-    global checkpoint, checkpoints, log, loss_module
-    hyperparameters[:] = find_hyperparameters()
-    recorded, past = read_run(folder)
-    if world_size == 1:  # in a notebook, values may have changed
-        check_hyperparameters()
-        check_against(recorded, past)
-    networks = {"untrained_policy": untrained_policy, "policy": policy, "critic": critic}
-    checkpoint = Checkpoint(format="archive", history=history, optimizer=optimizer, **networks)
-    checkpoints = CheckpointRotation(folder, keep_last=2)
-    if checkpoints.latest():
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", FutureWarning)  # for pickles, which can run code
-                checkpoints.load_latest(checkpoint, map_location=device)
-        except Exception as error:
-            reject(
-                f"run_folder is {str(folder)!r}, but must be a run with these networks ({error})"
-            )
-        print(f"Resuming {folder}: {len(history)} of {n_iters} iterations are done")
-        if recorded["world_size"] != world_size:
-            print(f"It used {recorded['world_size']} process(es) and now uses {world_size}")
-        if anneal_lr and recorded["n_iters"] < n_iters:
-            last, now = optimizer.param_groups[0]["lr"], lr * (1 - len(history) / n_iters)
-            print(f"The learning rate was {last:.2g}. It continues at {now:.2g} and falls to 0.")
-    else:
-        print(f"New run: {folder}")
-    if world_size > 1:
-        dist.barrier()  # every process must have read the folder before one writes
-        loss_module = nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_tables()
-        if not checkpoints.latest():
-            checkpoints.save(checkpoint, step=0)
+    def save(self, history, learner):
+        """Average the last row of the history over the processes, then save everything."""
+        row = history[-1]
+        row.update({key: x if isinstance(x, int) else float(x) for key, x in row.items()})
+        if world_size > 1:
+            rows = [None] * world_size
+            dist.all_gather_object(rows, row)
+            for key in {key for one in rows for key in one} - {"iteration", "frames"}:
+                values = [one[key] for one in rows if key in one]
+                row[key] = sum(values) / len(values)
+        weights = learner["optimizer"].param_groups[0]["params"]
+        if not all(weight.isfinite().all() for weight in weights):
+            raise FloatingPointError("a weight is not finite. The last checkpoint is as it was")
+        self.write(history, learner)
+        self.write_log([row])
+
+    def write(self, history, learner):
+        """Write the checkpoint, then hyperparameters.json and metrics.csv."""
+        state = {"config": record_of(self.cfg), "world_size": world_size, "log_id": self.log_id}
+        state |= {name: part.state_dict() for name, part in learner.items()}
+        state["history"] = history
+        save_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+        table = io.StringIO()
+        columns = dict.fromkeys(key for row in history for key in row)
+        writer = csv.DictWriter(table, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(history)
+        record = json.dumps({**state["config"], "world_size": world_size}, indent=2)
+        for name, text in (("hyperparameters.json", record), ("metrics.csv", table.getvalue())):
+            try:
+                save_whole(self.folder / name, lambda file, text=text: file.write(text.encode()))
+            except OSError as error:  # such as a file that another program has locked
+                print(f"{name} could not be written ({error})", file=sys.stderr)
+
+    def open_log(self, saved, history):
+        """Open the log that `logger` asks for, and write there what it lacks of the history."""
+        kind, place, self.log = self.cfg.logger, self.folder / "log", None
+        if rank > 0 or not kind:
+            return
+        keeps = kind in ("trackio", "wandb")  # what it has; the others are written anew
+        if not keeps:
+            shutil.rmtree(place, ignore_errors=True)
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # TorchRL lets it log to files
-        where = {"logger_name": str(folder / "log"), "experiment_name": folder.name}
-        where["wandb_kwargs"] = {"id": folder.name, "resume": "allow"}
-        log = get_logger(logger, **where, trackio_kwargs={"resume": "allow"})
-        if log is not None:
-            log.log_hparams({name: str(as_json(name)) for name in hyperparameters})
-    leave_after_the_last_iteration()
+        name = f"{self.folder.resolve().name}-{self.log_id}"
+        how = {"wandb_kwargs": {"id": self.log_id, "resume": "allow"}}
+        self.log = get_logger(kind, str(place), name, **how)
+        self.log.log_hparams({key: str(x) for key, x in record_of(self.cfg).items()})
+        resumed = keeps and saved and saved["config"]["logger"] == kind
+        self.write_log(history[-1:] if resumed else history)
+
+    def write_log(self, rows):
+        """Log rows of the history, each under the number of its iteration."""
+        try:
+            for row in rows if self.log else []:
+                self.log.log_metrics(row, row["iteration"])
+        except Exception as error:  # a log that fails must not end the training
+            print(f"The {self.cfg.logger} log could not be written ({error!r})", file=sys.stderr)
+
+    def finish(self):
+        """Let go of what only training needs."""
+        sys.excepthook = sys.__excepthook__
+        if world_size > 1:
+            dist.destroy_process_group()
+
+    def explain_interrupt(self, kind, error, trace):
+        """Say how to resume after Ctrl-C, and show anything else as usual."""
+        if kind is not KeyboardInterrupt:
+            sys.__excepthook__(kind, error, trace)
+        elif rank == 0:
+            print("\nStopped. To resume:", self.command, file=sys.stderr)
 
 
-def save_iteration(row):
-    """Average the metrics over the processes, then save a checkpoint, the tables and the log.
-
-    It runs last in `after_iteration`, so that it also saves what others have put into `row`.
-    """
-    row.update({name: x if isinstance(x, int) else float(x) for name, x in row.items()})
-    if world_size > 1:
-        names = [name for name in row if isinstance(row[name], float)]
-        values = torch.tensor([row[name] for name in names], dtype=torch.float64, device=device)
-        dist.all_reduce(values)
-        row.update(zip(names, (values / world_size).tolist(), strict=True))
-        row["frames"] *= world_size
-    if rank == 0:
-        checkpoints.save(checkpoint, step=len(history))
-        write_tables()
-        if log is not None:
-            log.log_metrics({name: row[name] for name in row if name != "iteration"}, len(history))
-    leave_after_the_last_iteration()
-
-
-def leave_after_the_last_iteration():
-    """End all processes but the first if there is nothing left to train."""
-    if world_size > 1 and len(history) == n_iters:
-        dist.destroy_process_group()
-        if rank > 0:
-            sys.exit()
-
-
+if __name__ != "__main__":
+    raise ImportError("train_mappo.py is a program or a notebook. Run it, or copy its cells.")
+try:  # is this a program with a command line of its own? A notebook cell has no __file__.
+    is_program = sys.argv[0] == "-" or Path(sys.argv[0]).resolve() == Path(__file__).resolve()
+except NameError:
+    is_program = False
 if dist.is_torchelastic_launched():  # by torchrun
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 if rank > 0:
-    tqdm = functools.partial(tqdm, disable=True)
-
-    def print(*values, **how):
-        """Leave the printing to process 0."""
-
-
-hyperparameters = find_hyperparameters()
-program = Path(globals().get("__file__", "a notebook")).resolve()
-if program == Path(sys.argv[0]).resolve() and "In" not in globals():
-    plt.switch_backend("agg")  # write figures to files, open no window
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # folder names may contain anything
-    sys.excepthook = explain_the_end
-    read_command_line()
+    sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+if is_program:
+    cfg = read_command_line(cfg)
 else:
-    check_hyperparameters()
-the_job = {}  # settings of the whole job, before they are divided among processes
+    check_values(cfg)
+    check_scenario(cfg)
 if world_size > 1:
-    the_job = {name: globals()[name] for name in ("frames_per_batch", "minibatch_size", "device")}
+    if cfg.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the one that "cuda" stands for
     store, _, _ = next(dist.rendezvous("env://"))
     # After a restart, the store still has the addresses of the processes from before.
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world_size)
-    frames_per_batch //= world_size
-    minibatch_size //= world_size
-    if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)  # before anything is built, or all would share GPU 0
-for functions, mine in ((before_training, start_or_resume), (after_iteration, save_iteration)):
-    others = [one for one in functions if getattr(one, "__name__", "") != mine.__name__]
-    functions[:] = [*others, mine]  # not twice if this cell runs again
+run = SavedRun(cfg, is_program)
 
 # %% [markdown]
 # ---
@@ -585,7 +587,8 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # | arrival | the whole team | 0.01 if all robots are within 0.05 of their goals |
 #
 # The episode ends as soon as all robots are within 0.10 of their goals, so the last part is hardly
-# ever earned.
+# ever earned. Progress counts most. Each robot is rewarded for its own progress and for everybody
+# else's.
 #
 # VMAS simulates `num_vmas_envs` copies of this task as one batch of tensors on `device`. If that is
 # a GPU, the data never leaves it.
@@ -601,34 +604,40 @@ for functions, mine in ((before_training, start_or_resume), (after_iteration, sa
 # terminated. Here, the `StepCounter` transform applies the time limit and keeps the two apart.
 
 
-# %%
+# %% id="environment"
 def seed_for(*purpose):
-    """Derive a separate random seed from `seed` for each purpose."""
-    return random.Random(f"{seed} {purpose}").getrandbits(32)
+    """Derive a separate random seed from `cfg.seed` for each purpose."""
+    return random.Random(f"{cfg.seed} {purpose}").getrandbits(32)
 
 
 def make_env(num_envs, seed):
     """Build a batch of `num_envs` copies of the scenario; `seed` sets their initial states."""
-    own_class = isinstance(scenario_name, type)
+    own_class = isinstance(cfg.scenario_name, type)
     simulator = VmasEnv(
-        scenario_name() if own_class else scenario_name,
+        cfg.scenario_name() if own_class else cfg.scenario_name,
         num_envs=num_envs,
         seed=seed,
-        device=device,
+        device=cfg.device,
         group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,  # stack the agents, under "agents"
-        scenario_kwargs={"n_agents": n_agents, **scenario_options},
+        scenario_kwargs={"n_agents": cfg.n_agents, **cfg.scenario_options},
     )
-    return simulator.append_transform(StepCounter(max_steps))
+    return simulator.append_transform(StepCounter(cfg.max_steps))
 
 
-num_vmas_envs = frames_per_batch // max_steps  # so a batch has room for a full episode from each
-env = make_env(num_vmas_envs, seed_for("environment"))
+# Under torchrun, each process has its share of the environments, and of every batch. Otherwise,
+# these are simply the numbers from Section 1.
+num_envs = cfg.num_vmas_envs // world_size
+batch_frames = cfg.frames_per_batch // world_size
+minibatch_frames = cfg.minibatch_size // world_size
+
+env = make_env(num_envs, seed_for("environment"))
 n_obs = env.observation_spec["agents", "observation"].shape[-1]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # shape, type and bounds
 n_actions = action_spec.shape[-1]
 
 # There is no policy yet, so this rollout takes random actions.
-rollout = env.rollout(max_steps, break_when_any_done=False)
+torch.manual_seed(seed_for("rollout"))
+rollout = env.rollout(cfg.max_steps, break_when_any_done=False)
 for key in [("agents", "observation"), ("agents", "action"), ("next", "agents", "reward")]:
     print(key, tuple(rollout[key].shape))
 for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
@@ -665,13 +674,13 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 # network learns from every agent's experience. Sharing has a cost. Agents with identical
 # observations behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
-# *Initialization.* Orthogonal weights preserve the scale of the signal from layer to layer. The
-# last layer of the policy starts with small weights, so that at first all actions are spread widely
-# around the center of their range, whatever a robot observes. Andrychowicz et al. (2021,
-# arXiv:2006.05990) found these small weights to be among the choices that matter most.
+# *Initialization.* With orthogonal weights, no direction of the input is amplified or lost more
+# than another. The last layer of the policy starts with small weights, so that at first all actions
+# are spread widely around the center of their range, whatever a robot observes. Andrychowicz et al.
+# (2021, arXiv:2006.05990) found these small weights to be among the choices that matter most.
 
 
-# %%
+# %% id="policy"
 def orthogonal_init(network, final_gain):
     """Set the weights of a MultiAgentMLP to random orthogonal matrices and its biases to 0.
 
@@ -694,15 +703,15 @@ torch.manual_seed(seed_for("policy"))
 network_options = {
     "n_agents": env.n_agents,
     "n_agent_inputs": n_obs,
-    "depth": depth,
-    "num_cells": num_cells,
+    "depth": cfg.depth,
+    "num_cells": cfg.num_cells,
 }
 policy_network = MultiAgentMLP(
     **network_options,
     n_agent_outputs=2 * n_actions,  # a mean and a standard deviation per action dimension
     centralized=False,  # each agent's output depends on its own observation only
-    share_params=share_parameters_policy,
-    device=device,
+    share_params=cfg.share_parameters_policy,
+    device=cfg.device,
 )
 orthogonal_init(policy_network, final_gain=0.01)
 policy_module = TensorDictModule(
@@ -721,7 +730,7 @@ untrained_policy = ProbabilisticActor(
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
-means = untrained_policy(env.reset())["agents", "loc"]  # (num_vmas_envs, n_agents, n_actions)
+means = untrained_policy(env.reset())["agents", "loc"]  # (num_envs, n_agents, n_actions)
 print("mean actions in one environment, one row per robot:")
 for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
@@ -740,9 +749,9 @@ for row in means[0].tolist():
 #
 # ---
 # ## 4. Critic
-# MAPPO and IPPO differ in a single argument, `centralized`:
+# MAPPO and IPPO differ in what the critic of agent i receives:
 #
-# | | what the critic of agent i receives | with three robots |
+# | | input | with three robots |
 # |---|---|---|
 # | IPPO | o_i | 18 numbers |
 # | MAPPO | o_1, o_2, ..., o_n, concatenated | 54 numbers |
@@ -750,18 +759,44 @@ for row in means[0].tolist():
 # Yu et al. give the critic a global state where the environment has one. Here the concatenated
 # observations take its place.
 #
-# With `share_parameters_critic`, one network serves all agents. How many different values will the
-# next cell print for three robots, with `mappo = True` and with `mappo = False`? Guess before you
-# run it.
+# ### By hand
+# This is the whole forward pass. In Sections 4, 6 and 7, you first write a step out in plain
+# PyTorch and then build it from TorchRL's parts. The hand-written cells check that the two agree,
+# and no other cell needs them.
 
-# %%
+
+# %% id="critic_by_hand"
+def critic_by_hand(observation, layers, centralized):
+    """Return the values V_i, of shape (..., n_agents, 1).
+
+    `observation` has the shape (..., n_agents, n_obs). `layers` is a list of (weight, bias), of
+    shapes (outputs, inputs) and (outputs,), or with a leading n_agents if critics are not shared.
+    """
+    hidden = observation
+    if centralized:  # concatenate the observations of all agents, and give the result to each
+        n_agents = observation.shape[-2]
+        hidden = observation.flatten(-2).unsqueeze(-2).expand(*observation.shape[:-2], n_agents, -1)
+    for weight, bias in layers:
+        hidden = (weight @ hidden.unsqueeze(-1)).squeeze(-1) + bias
+        if weight is not layers[-1][0]:  # no tanh after the last layer
+            hidden = hidden.tanh()
+    return hidden
+
+
+# %% [markdown]
+# ### With TorchRL
+# In `MultiAgentMLP`, the difference is one argument, `centralized`. With `share_parameters_critic`,
+# one network serves all agents. How many *different* values will the next cell print for three
+# robots, with `mappo = True` and with `mappo = False`? Guess before you run it.
+
+# %% id="critic"
 torch.manual_seed(seed_for("critic"))
 critic_network = MultiAgentMLP(
     **network_options,
     n_agent_outputs=1,
-    centralized=mappo,  # here, this is the whole difference between MAPPO and IPPO
-    share_params=share_parameters_critic,
-    device=device,
+    centralized=cfg.mappo,  # here, this is the whole difference between MAPPO and IPPO
+    share_params=cfg.share_parameters_critic,
+    device=cfg.device,
 )
 orthogonal_init(critic_network, final_gain=1.0)
 critic = TensorDictModule(
@@ -769,8 +804,16 @@ critic = TensorDictModule(
     in_keys=[("agents", "observation")],
     out_keys=[("agents", "state_value")],
 )
-values = critic(env.reset())["agents", "state_value"]  # (num_vmas_envs, n_agents, 1)
+values = critic(env.reset())["agents", "state_value"]  # (num_envs, n_agents, 1)
 print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist()))
+
+# %% id="critic_check"
+with torch.no_grad():
+    observation = env.reset()["agents", "observation"]
+    parameters = [*critic_network.parameters()]
+    layers = [*zip(parameters[::2], parameters[1::2], strict=True)]  # (weight, bias) of each
+    by_hand = critic_by_hand(observation, layers, centralized=cfg.mappo)
+    torch.testing.assert_close(by_hand, critic_network(observation))
 
 # %% [markdown]
 # With `mappo = True` (MAPPO):
@@ -790,125 +833,115 @@ print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 # agent's value or action depends on what another agent observes. Sharing weights is a separate
 # choice.
 #
-# ### Open the black box
-# What does `centralized` actually do? Here is the critic's forward pass, written out by hand. The
-# last line compares it with the library's. You can skip any cell under an "Open the black box"
-# heading, because no other cell uses its results.
+# ### What can each critic predict, and what will it say about one robot?
+# Before you train for minutes, train for seconds. Give every agent one random number x_i. The
+# critic has to predict either the sum of all numbers, which stands for a shared reward, or the
+# agent's own number, which stands for an individual reward. Any two numbers have the correlation
+# `rho`. For `rho = 0`, knowing one number tells you nothing about the others. For `rho = 0.9`, it
+# tells you nearly everything.
+#
+# The next cell measures two things:
+#
+# - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
+# - the *slope*, which is how much V_i rises per unit of x_i if only x_i rises and the other numbers
+#   stay what they are
+#
+# When agent i's own number rises by 1, the sum rises by 1, and so does the agent's own number. So
+# the true slope is 1 for both targets. Which critics will find it? Write down your guess for the
+# four rows before you run the cell.
 
 
-# %%
-def critic_by_hand(observation):
-    """Return the values of observations of shape (environments, n_agents, n_obs)."""
-    hidden = observation
-    if mappo:  # concatenate the observations of all agents, and give the result to each of them
-        hidden = observation.flatten(-2).unsqueeze(-2).expand(-1, env.n_agents, -1)
-    parameters = [parameter.detach() for parameter in critic_network.parameters()]
-    for layer in range(depth + 1):
-        weight, bias = parameters[2 * layer : 2 * layer + 2]
-        weight = weight.expand(env.n_agents, *weight.shape[-2:])  # (n_agents, outputs, inputs)
-        hidden = torch.einsum("eai,aoi->eao", hidden, weight) + bias
-        if layer < depth:  # no tanh after the last layer
-            hidden = hidden.tanh()
-    return hidden  # (environments, n_agents, 1)
-
-
-with torch.no_grad():
-    observation = env.reset()["agents", "observation"]
-    torch.testing.assert_close(critic_by_hand(observation), critic_network(observation))
-
-# %% [markdown]
-# ### What can each critic predict?
-# Before you train for minutes, train for seconds. Give every agent one random number. The critic
-# has to predict either the sum of all numbers, which stands for a shared reward, or the agent's own
-# number, which stands for an individual reward. The *explained variance* is 1 if it predicts the
-# target perfectly, and 0 if it does no better than a constant. Before you run the cell, guess which
-# combinations fail. The third critic is centralized as well, with a separate network per agent.
-
-
-# %%
-def explained_variance_of(centralized, share_params, make_target):
-    """Fit a small critic to a target and return its explained variance on new data.
-
-    `make_target` maps the agents' numbers, of shape (frames, 3, 1), to a target of that shape.
-    """
+# %% id="probe"
+def probe(centralized, own_target, rho):
+    """Fit a small shared critic to random numbers; return its explained variance and its slope."""
     torch.manual_seed(seed_for("probe"))
     sizes = {"n_agents": 3, "n_agent_inputs": 1, "n_agent_outputs": 1, "depth": 1, "num_cells": 32}
-    small_critic = MultiAgentMLP(**sizes, centralized=centralized, share_params=share_params)
+    small_critic = MultiAgentMLP(**sizes, centralized=centralized, share_params=True)
     adam = torch.optim.Adam(small_critic.parameters(), lr=1e-2)
+
+    def draw(frames):
+        common, own = torch.randn(frames, 1, 1), torch.randn(frames, 3, 1)
+        x = rho**0.5 * common + (1 - rho) ** 0.5 * own  # (frames, 3, 1)
+        return x, x if own_target else x.sum(dim=1, keepdim=True).expand_as(x)
+
     for _ in range(200):
-        numbers = torch.randn(1024, 3, 1)
-        error = make_target(numbers) - small_critic(numbers)
+        x, target = draw(1024)
         adam.zero_grad()
-        error.square().mean().backward()
+        (target - small_critic(x)).square().mean().backward()
         adam.step()
-    numbers = torch.randn(10_000, 3, 1)
-    target = make_target(numbers)
-    return 1 - ((target - small_critic(numbers)).var() / target.var()).item()
+    with torch.no_grad():
+        x, target = draw(10_000)
+        explained = 1 - (target - small_critic(x)).var() / target.var()
+        raised = x.clone()
+        raised[:, 0] += 0.1  # the number of agent 0, and nothing else
+        slope = (small_critic(raised) - small_critic(x))[:, 0].mean() / 0.1
+    return explained.item(), slope.item()
 
 
-print("explained variance of            the sum   own number")
-for label, centralized, share_params in [
-    ("local critic (IPPO)", False, True),
-    ("centralized critic (MAPPO)", True, True),
-    ("centralized, separate networks", True, False),
-]:
-    shared = explained_variance_of(
-        centralized, share_params, lambda x: x.sum(-2, keepdim=True).expand_as(x)
-    )
-    individual = explained_variance_of(centralized, share_params, lambda x: x)
-    print(f"{label:<32}{shared:>8.2f}{individual:>13.2f}")
+print(f"{'':<24}{'local critic (IPPO)':>24}{'centralized (MAPPO)':>24}")
+print(f"{'target':<17}{'rho':>7}" + 2 * f"{'explained':>15}{'slope':>9}")
+for own_target in (False, True):
+    for rho in (0.0, 0.9):
+        found = [*probe(False, own_target, rho), *probe(True, own_target, rho)]
+        print(f"{'own number' if own_target else 'the sum':<17}{rho:>7}", end="")
+        print("".join(f"{x:>{width}.2f}" for x, width in zip(found, (15, 9, 15, 9), strict=True)))
 
 # %% [markdown]
 # ```
-# explained variance of            the sum   own number
-# local critic (IPPO)                 0.33         1.00
-# centralized critic (MAPPO)          1.00         0.33
-# centralized, separate networks      1.00         1.00
+#                              local critic (IPPO)     centralized (MAPPO)
+# target               rho      explained    slope      explained    slope
+# the sum              0.0           0.33     1.00           1.00     1.00
+# the sum              0.9           0.93     2.78           1.00     0.99
+# own number           0.0           1.00     1.00           0.32     0.33
+# own number           0.9           1.00     1.00           0.93     0.33
 # ```
 #
-# A local critic cannot see the other agents' numbers, so it explains only a third of the sum's
-# variance. A shared value cannot tell the agents apart, so it explains only a third of the variance
-# of each agent's own number. A separate centralized critic for each agent predicts both, but has
-# three times as many weights to learn. Another remedy is to add the agent's ID, or a second
-# copy of its own observation, to the input of a shared critic.
+# - *The sum, rho 0.* The local critic misses most of the variance, yet its slope is right. What it
+#   cannot see is only noise.
+# - *The sum, rho 0.9.* Now it predicts well and its slope is nearly three. Where x_i is large, the
+#   others are usually large too, so it has learned to expect them along with x_i. When x_i alone
+#   changes, it expects a change that never comes.
+# - *Own number.* A shared centralized critic gives all agents one value, so the best it can do is
+#   to predict the average. Its slope is a third of the true one. A separate network for each agent
+#   would cure that, and so would adding the agent's ID to the input.
 #
-# This probe shows what a critic *can* know. What a wrong value does to the policy is a different
-# question, which Section 10 takes up.
+# Take one sentence with you to Section 10. **The better a local critic predicts a shared return,
+# the more it can mislead an agent about its own part in it.** Both follow from the correlation. For
+# three agents, the explained variance is (1 + 2 rho) / 3, and the slope is 1 + 2 rho.
 #
 # What a centralized critic does not do:
 #
 # - It does not make the world stationary. The other agents' policies still change.
 # - It does not assign credit. It sees no actions, so it says how well the team is doing, but not
 #   who is responsible. COMA (Foerster et al. 2018, arXiv:1705.08926) does assign credit.
-# - It does not always help. Its input grows with the team. With bootstrapped values, it can also
-#   make gradients noisier (Lyu et al. 2021, arXiv:2102.04402).
+# - It does not always help, because its input grows with the team.
 #
 # *Question 4. How many inputs does the critic have with 8 agents, under MAPPO and under IPPO?*
 #
 # ---
 # ## 5. Collecting data
 # `Collector`, which used to be called `SyncDataCollector`, steps the environment with the policy
-# and returns batches of `frames_per_batch` frames. Each batch starts from a reset. The collector
-# holds the same policy object that you optimize, so it always acts with the latest weights.
+# and returns batches of `batch_frames` frames. Each batch starts from a reset. The collector holds
+# the same policy object that you optimize, so it always acts with the latest weights.
 #
 # The replay buffer holds a single batch and splits it into minibatches. It samples *without
 # replacement*, so that every frame is used exactly once per epoch.
 
-# %%
+# %% id="collector"
 policy = copy.deepcopy(untrained_policy)  # this one learns; Section 9 compares the two
 collector = Collector(
     env,
     policy,
-    device=device,
-    frames_per_batch=frames_per_batch,
+    device=cfg.device,
+    frames_per_batch=batch_frames,
     reset_at_each_iter=True,
     track_traj_ids=False,  # trajectory IDs are not needed here
     auto_register_policy_transforms=False,  # these are for recurrent policies
 )
 replay_buffer = ReplayBuffer(
-    storage=LazyTensorStorage(frames_per_batch, device=device),
+    storage=LazyTensorStorage(batch_frames, device=cfg.device),
     sampler=SamplerWithoutReplacement(),
-    batch_size=minibatch_size,
+    batch_size=minibatch_frames,
 )
 
 first_batch = collector.next()
@@ -927,7 +960,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ```
 #
 # The three columns are equal, because progress is shared. They would differ in a step in which two
-# robots touch.
+# robots touch. A value that the robots share cannot tell who touched whom.
 #
 # Each row of a batch belongs to one environment. Later in training, a row may look like this:
 #
@@ -952,58 +985,62 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # V_i' is computed from the stored next observation, because the next step of the batch may already
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
-# Note that the critic plays two roles. V_i is the *baseline*, and V_i' is the *bootstrap value*.
-# Suppose that a robot can go left or right, and that one of the two values is wrong:
-#
-# | error | changes A_i(left) by | changes A_i(right) by | effect on the policy |
-# |---|---|---|---|
-# | V_i is too high by 1 before the robot moves | -1 | -1 | none, on average |
-# | V_i' is too high by 1 after the robot goes left | gamma (1 - lmbda) | 0 | it learns to go left |
-#
-# The first error is the same for both actions, so it averages out. The second depends on where the
-# action led, so it remains. The next step's delta cancels part of it, since V_i' is then the
-# baseline. With lmbda = 1, the later deltas cancel all of it, but the advantages are noisy.
-# Remember this second role for Section 10.
-#
-# `MultiAgentGAE` computes this for all agents, and broadcasts the team's flags to them.
-
-# %%
-estimate_advantages = MultiAgentGAE(gamma=gamma, lmbda=lmbda, value_network=critic, device=device)
-estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
-
-# %% [markdown]
-# ### Open the black box
-# Here is the same computation, written as a loop over time from the last step back. An untrained
-# policy hardly ever succeeds, so we pretend that the episode in the first environment succeeded
-# halfway through, and that the one in the last environment ran out of time.
+# ### By hand
+# The function goes through time from the last step back. The flags have no agent dimension, so they
+# get one of size 1, and every agent uses the same flags.
 
 
-# %%
-def gae_by_hand(data):
-    """Return advantages and value targets, both of shape (environments, steps, n_agents, 1)."""
-    with torch.no_grad():
-        value = critic_network(data["agents", "observation"])
-        next_value = critic_network(data["next", "agents", "observation"])
-    terminated = data["next", "terminated"].float().unsqueeze(-2)  # (environments, steps, 1, 1)
-    done = data["next", "done"].float().unsqueeze(-2)
-    reward = data["next", "agents", "reward"]
+# %% id="gae_by_hand"
+def gae_by_hand(reward, value, next_value, done, terminated, gamma, lmbda):
+    """Return advantages and value targets, both of shape (environments, steps, n_agents, 1).
+
+    `reward`, `value` and `next_value` have that shape, too. The flags `done` and `terminated` have
+    the shape (environments, steps, 1).
+    """
+    done, terminated = done.float().unsqueeze(-2), terminated.float().unsqueeze(-2)
     delta = reward + gamma * (1 - terminated) * next_value - value
     advantage = torch.zeros_like(delta)
-    following = torch.zeros_like(delta[:, 0])
-    for step in reversed(range(max_steps)):
+    following = torch.zeros_like(delta[:, 0])  # the advantage of the step after
+    for step in reversed(range(delta.shape[1])):
         following = delta[:, step] + gamma * lmbda * (1 - done[:, step]) * following
         advantage[:, step] = following
     return advantage, advantage + value
 
 
-box_batch = first_batch.clone()
-box_batch["next", "terminated"][0, max_steps // 2] = True
-box_batch["next", "truncated"][-1, max_steps // 3] = True
-box_batch["next", "done"] = box_batch["next", "terminated"] | box_batch["next", "truncated"]
-estimate_advantages(box_batch)  # adds "advantage" and "value_target"
-advantage, target = gae_by_hand(box_batch)
-torch.testing.assert_close(box_batch["advantage"], advantage, rtol=1e-4, atol=1e-5)
-torch.testing.assert_close(box_batch["value_target"], target, rtol=1e-4, atol=1e-5)
+# %% [markdown]
+# ### With TorchRL
+# `MultiAgentGAE` calls the critic and does the rest in one call. It reads and writes a TensorDict,
+# so it needs to be told the keys.
+
+# %% id="gae"
+estimate_advantages = MultiAgentGAE(
+    gamma=cfg.gamma, lmbda=cfg.lmbda, value_network=critic, device=cfg.device
+)
+estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
+
+# %% [markdown]
+# An untrained policy hardly ever succeeds. So that the check covers all cases, it pretends that the
+# episode in the first environment succeeded halfway through, and that the one in the last
+# environment ran out of time.
+
+# %% id="gae_check"
+checked = first_batch.clone()
+checked["next", "terminated"][0, cfg.max_steps // 2] = True
+checked["next", "truncated"][-1, cfg.max_steps // 3] = True
+checked["next", "done"] = checked["next", "terminated"] | checked["next", "truncated"]
+estimate_advantages(checked)  # adds "advantage" and "value_target"
+with torch.no_grad():
+    advantage, target = gae_by_hand(
+        checked["next", "agents", "reward"],
+        critic_network(checked["agents", "observation"]),
+        critic_network(checked["next", "agents", "observation"]),
+        checked["next", "done"],
+        checked["next", "terminated"],
+        cfg.gamma,
+        cfg.lmbda,
+    )
+torch.testing.assert_close(checked["advantage"], advantage, rtol=1e-4, atol=1e-5)
+torch.testing.assert_close(checked["value_target"], target, rtol=1e-4, atol=1e-5)
 print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :, 0].tolist()))
 
 # %% [markdown]
@@ -1021,6 +1058,27 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # advantage. How does a robot learn what *it* did right? It needs many frames. Its own good actions
 # raise the shared advantage. The others' actions raise or lower it mostly regardless of what this
 # robot does, so their effects average out.
+#
+# *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. Suppose
+# that a robot can go left or right, and that one of its values is too high by 1:
+#
+# | where the value is too high | changes A_i(left) by | A_i(right) by | effect on the policy |
+# |---|---|---|---|
+# | before the robot moves (V_i) | -1 | -1 | none, on average |
+# | after it goes left (V_i'), for one step | gamma (1 - lmbda) = 0.10 | 0 | to the left |
+# | after it goes left, from then on | c = 0.91 | 0 | to the left, strongly |
+#
+# A wrong baseline changes both actions alike, so it averages out. A wrong bootstrap value depends
+# on where the action led, so it stays. If the error is gone one step later, the next delta takes
+# most of it back, because V_i' is the baseline there. But a robot that has moved stays where it
+# moved to, and so does the error. Then each later delta takes back only (1 - gamma) of it, and what
+# remains is
+#
+#     c = gamma (1 - lmbda) / (1 - gamma lmbda)
+#
+# With lmbda = 1, nothing remains, except where the data is cut off and the last V_i' stands for
+# everything after it. The price is noise, because then the advantages contain all the rewards that
+# follow. Remember c for Section 10.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1044,70 +1102,82 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #
 # *Normalization.* Advantages are normalized to zero mean and unit standard deviation over the
 # minibatch, for each agent separately, so that an agent with larger advantages does not drown out
-# the others. The agent dimension, dimension -2, is excluded from the averaging.
+# the others.
 #
 # *The other two terms.* The value loss is the smooth L1 distance between V_i and its target. The
-# entropy bonus (Williams and Peng 1991) keeps the policy from settling too early. The loss module
-# returns the three terms, already weighted, and you minimize their sum.
+# entropy bonus (Williams and Peng 1991) keeps the policy from settling too early. You minimize the
+# sum of the three terms.
+#
+# ### By hand
+# The entropy of a squashed normal distribution has no closed form, so it is estimated from a single
+# sample for each action.
 
-# %%
+
+# %% id="loss_by_hand"
+def loss_by_hand(pi, value, data, cfg):
+    """Return the three weighted terms of the loss for a minibatch.
+
+    `pi` is the current distribution of each agent's action, and `value` the critic's current
+    prediction, of shape (minibatch_frames, n_agents, 1). `data` holds what was stored.
+    """
+    log_ratio = pi.log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
+    ratio = log_ratio.exp().unsqueeze(-1)  # (minibatch_frames, n_agents, 1)
+    clipped_ratio = ratio.clamp(1 - cfg.clip_epsilon, 1 + cfg.clip_epsilon)
+    advantage = data["advantage"]
+    if cfg.normalize_advantage:
+        std = advantage.std(0).clamp_min(1e-6)  # (n_agents, 1)
+        advantage = (advantage - advantage.mean(0)) / std
+    objective = torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
+    error = (value - data["value_target"]).abs()
+    value_loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()  # smooth L1
+    entropy = -pi.log_prob(pi.rsample()).mean()
+    return {
+        "loss_objective": -objective,
+        "loss_critic": cfg.critic_coeff * value_loss,
+        "loss_entropy": -cfg.entropy_eps * entropy,
+    }
+
+
+# %% [markdown]
+# ### With TorchRL
+# `ClipPPOLoss` calls the policy and the critic and returns the three terms, already weighted. The
+# agent dimension, dimension -2, is excluded from the averaging when advantages are normalized.
+
+# %% id="loss"
 loss_module = ClipPPOLoss(
     policy,
     critic,
-    clip_epsilon=clip_epsilon,
-    entropy_coeff=entropy_eps,
-    critic_coeff=critic_coeff,
-    normalize_advantage=normalize_advantage,
+    clip_epsilon=cfg.clip_epsilon,
+    entropy_coeff=cfg.entropy_eps,
+    critic_coeff=cfg.critic_coeff,
+    normalize_advantage=cfg.normalize_advantage,
     normalize_advantage_exclude_dims=(-2,),
     loss_critic_type="smooth_l1",
     functional=False,  # use the networks themselves; stateless copies are slower
     log_explained_variance=False,  # Section 8 computes it, before the update
 )
 loss_module.set_keys(value=("agents", "state_value"))
-optimizer = torch.optim.Adam(loss_module.parameters(), lr=lr, fused=True)
+optimizer = torch.optim.Adam(loss_module.parameters(), lr=cfg.lr, fused=True)
 
 # %% [markdown]
-# ### Open the black box
-# Here is the loss computed by hand on one minibatch. Before the first update, every ratio is 1, and
-# under MAPPO, all agents have nearly the same advantage. A mistake could go unnoticed. To expose
-# it, we shift the stored log-probabilities and one agent's advantages by random amounts. The
-# entropy of a squashed normal distribution has no closed form, so both versions estimate it from a
-# single sample, drawn with the same seed.
+# Before the first update, every ratio is 1, and under MAPPO, all agents have nearly the same
+# advantage, so a mistake could go unnoticed. To expose it, the check shifts the stored
+# log-probabilities and one agent's advantages by random amounts. Both versions draw their sample
+# for the entropy with the same seed.
 
-
-# %%
-def loss_by_hand(data):
-    """Return the three weighted terms of the loss for a minibatch of shape (minibatch_size,)."""
-    pi = policy.get_dist(data)  # the current distribution of each agent's action
-    log_ratio = pi.log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
-    ratio = log_ratio.exp().unsqueeze(-1)  # (minibatch_size, n_agents, 1)
-    clipped_ratio = ratio.clamp(1 - clip_epsilon, 1 + clip_epsilon)
-    advantage = data["advantage"]
-    if normalize_advantage:
-        std = advantage.std(0).clamp_min(1e-6)  # (n_agents, 1)
-        advantage = (advantage - advantage.mean(0)) / std
-    objective = torch.minimum(ratio * advantage, clipped_ratio * advantage).mean()
-    error = (critic_network(data["agents", "observation"]) - data["value_target"]).abs()
-    value_loss = torch.where(error < 1, error**2 / 2, error - 0.5).mean()  # smooth L1
-    entropy = -pi.log_prob(pi.rsample()).mean()
-    return {
-        "loss_objective": -objective,
-        "loss_critic": critic_coeff * value_loss,
-        "loss_entropy": -entropy_eps * entropy,
-    }
-
-
+# %% id="loss_check"
 torch.manual_seed(seed_for("box"))
-box_frames = first_batch.clone()
-estimate_advantages(box_frames)
-box_frames = box_frames.reshape(-1)[:minibatch_size]
-noise = torch.randn(minibatch_size, env.n_agents, device=device)
-box_frames["agents", "action_log_prob"] += 0.3 * noise
-box_frames["advantage"][:, 0] += noise[:, :1]
+frames = first_batch.clone()
+estimate_advantages(frames)
+frames = frames.reshape(-1)[:minibatch_frames]
+noise = torch.randn(minibatch_frames, env.n_agents, device=cfg.device)
+frames["agents", "action_log_prob"] += 0.3 * noise
+frames["advantage"][:, 0] += noise[:, :1]
 torch.manual_seed(seed_for("entropy"))
-by_library = loss_module(box_frames.clone())
+by_library = loss_module(frames.clone())
 torch.manual_seed(seed_for("entropy"))
-for term, by_hand in loss_by_hand(box_frames).items():
+value = critic_network(frames["agents", "observation"])
+for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).items():
     torch.testing.assert_close(by_library[term], by_hand, rtol=1e-4, atol=1e-5)
     print(f"{term:<15}{by_hand.item():>9.5f}")
 
@@ -1131,36 +1201,29 @@ for term, by_hand in loss_by_hand(box_frames).items():
 # 1. collect a batch with the current policy
 # 2. estimate the advantages once, with the critic as it is now
 # 3. for `num_epochs` epochs, take a gradient step on each minibatch
-# 4. measure what happened
+# 4. measure what happened, and test the policy from time to time
 # 5. throw the batch away
 #
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
 # second defines what is measured. Only the first episode of each environment counts, because a
 # later one has less time left in the batch, so slow successes would be missed.
+#
+# During training, actions are sampled. In a test, the policy acts deterministically, and plays the
+# same `evaluation_episodes` episodes each time. The best policy so far is kept in `best_policy`.
 
-# %%
-algorithm = "MAPPO" if mappo else "IPPO"
-scenario = getattr(scenario_name, "__name__", scenario_name)
-run_name = f"{algorithm.lower()}-{scenario}-seed{seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-folder = Path(run_folder or f"runs/{run_name}")
+# %% id="setup"
+algorithm = "MAPPO" if cfg.mappo else "IPPO"
+scenario = getattr(cfg.scenario_name, "__name__", cfg.scenario_name)
+run_name = f"{algorithm.lower()}-{scenario}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+folder = Path(cfg.run_folder or f"runs/{run_name}").expanduser()
 history = []  # a dictionary of metrics for each iteration
+best_policy = copy.deepcopy(policy)
+learner = {"policy": policy, "critic": critic, "optimizer": optimizer, "best_policy": best_policy}
 
-
-def save_whole(name, save):
-    """Have `save` write to a temporary file, then rename it, so `name` is complete or absent."""
-    unfinished = folder / f".unfinished-{name}"
-    try:
-        save(unfinished)
-        unfinished.replace(folder / name)
-    finally:
-        unfinished.unlink(missing_ok=True)
-
-
-# %%
+# %% id="measures"
 navigation = scenario == "navigation"
 success_key = "success_rate" if navigation else "terminated_rate"
-penalty = {"collisions": True, "agent_collision_penalty": -1, **scenario_options}
-counts_collisions = navigation and penalty["collisions"] and penalty["agent_collision_penalty"] != 0
+test_key = f"test_{success_key}"
 
 
 def measure(data):
@@ -1168,7 +1231,7 @@ def measure(data):
 
     `data` is a TensorDict of shape (environments, steps). Rewards are summed over an episode and
     averaged over agents. A collision is a step in which an agent touches another agent, counted
-    per agent.
+    per agent; VMAS reports them only if they are penalized.
     """
     done = data["next", "done"].squeeze(-1)  # (environments, steps)
     first = done.cumsum(1) - done.int() == 0  # True up to the first done
@@ -1179,7 +1242,8 @@ def measure(data):
         success_key: success.float().mean().item(),
         "episode_length": first.sum(1).float().mean().item(),
     }
-    if counts_collisions:
+    penalty = {"collisions": True, "agent_collision_penalty": -1, **cfg.scenario_options}
+    if navigation and penalty["collisions"] and penalty["agent_collision_penalty"] != 0:
         touches = data["next", "agents", "info", "agent_collisions"].squeeze(-1) != 0
         means["collisions"] = (touches.float().mean(-1) * first).sum(1).mean().item()
     return means
@@ -1187,55 +1251,59 @@ def measure(data):
 
 def evaluate(policy):
     """Play `evaluation_episodes` episodes with the deterministic policy and `measure` them."""
-    test_env = make_env(evaluation_episodes, evaluation_seed)
+    test_env = make_env(cfg.evaluation_episodes, cfg.evaluation_seed)
     with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        return measure(test_env.rollout(max_steps, policy, break_when_all_done=True))
+        return measure(test_env.rollout(cfg.max_steps, policy, break_when_all_done=True))
 
 
-# %%
-for function in before_training:
-    function()
+# %% id="loop"
+run.resume(cfg, folder, history, learner)  # the engineering cell; without it, these four do nothing
+loss_module = run.distribute(loss_module)
 inputs = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
 update_metrics = ["loss_objective", "loss_critic", "loss_entropy"]
 update_metrics += ["entropy", "kl_approx", "clip_fraction"]
-progress = tqdm(range(len(history), n_iters), desc=algorithm, total=n_iters, initial=len(history))
+todo = range(len(history), cfg.n_iters)
+progress = tqdm(todo, algorithm, total=cfg.n_iters, initial=len(history), disable=rank > 0)
 for iteration in progress:
     start = time.perf_counter()
     env.set_seed(seed_for("simulator", iteration, rank))  # so that each iteration is reproducible
     torch.manual_seed(seed_for("actions and minibatches", iteration, rank))
-    if anneal_lr:
-        optimizer.param_groups[0]["lr"] = lr * (1 - iteration / n_iters)
+    if cfg.anneal_lr:
+        optimizer.param_groups[0]["lr"] = cfg.lr * (1 - iteration / cfg.n_iters)
 
-    batch = collector.next()  # (num_vmas_envs, max_steps)
+    batch = collector.next()  # (num_envs, max_steps)
     estimate_advantages(batch)  # adds "advantage" and "value_target"
 
-    frames = batch.reshape(-1).select(*inputs, "advantage", "value_target")  # (frames_per_batch,)
+    frames = batch.reshape(-1).select(*inputs, "advantage", "value_target")  # (batch_frames,)
     replay_buffer.empty()
     replay_buffer.extend(frames)
     minibatch_losses = []
-    for _ in range(num_epochs):
-        for minibatch in replay_buffer:  # (minibatch_size,)
+    for _ in range(cfg.num_epochs):
+        for minibatch in replay_buffer:  # (minibatch_frames,)
             losses = loss_module(minibatch)
             loss = losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]
             optimizer.zero_grad()
             loss.backward()
-            nn.utils.clip_grad_norm_(
-                loss_module.parameters(), max_grad_norm, error_if_nonfinite=True
-            )
+            nn.utils.clip_grad_norm_(loss_module.parameters(), cfg.max_grad_norm)
             optimizer.step()
             minibatch_losses.append(losses.detach())
 
     losses = torch.stack(minibatch_losses).mean(dim=0)
-    row = {"iteration": iteration, "frames": (iteration + 1) * frames_per_batch, **measure(batch)}
+    row = {"iteration": iteration, "frames": (iteration + 1) * cfg.frames_per_batch}
+    row |= measure(batch)
     row |= {name: losses[name].item() for name in update_metrics}
     unexplained = frames["advantage"].var() / frames["value_target"].var()
     row["explained_variance"] = 1 - unexplained.item()
     row["advantage_std"] = frames["advantage"].std().item()
     row["seconds"] = time.perf_counter() - start
+    if (iteration + 1) % cfg.evaluation_interval == 0:
+        row |= {f"test_{key}": value for key, value in evaluate(policy).items()}
+        if row[test_key] >= max((old.get(test_key, 0.0) for old in history), default=0.0):
+            best_policy.load_state_dict(policy.state_dict())
     history.append(row)
-    for function in after_iteration:
-        function(row)
+    run.save(history, learner)
     progress.set_postfix({key: round(row[key], 2) for key in ("episode_reward", success_key)})
+run.finish()
 
 # %% [markdown]
 # ### Read the metrics
@@ -1244,7 +1312,7 @@ for iteration in progress:
 #
 # | metric | meaning | first | last |
 # |---|---|---|---|
-# | `episode_reward` | reward per robot per episode | -0.87 to -0.25 | 2.79 to 3.10 |
+# | `episode_reward` | the team's progress, less the robot's contacts | -0.87 to -0.25 | 2.79 to 3.10 |
 # | `success_rate` | fraction of successful episodes | 0.00 | 0.58 to 0.80 |
 # | `collisions` | steps in contact, per robot per episode | 0.17 to 0.81 | 0.00 to 0.10 |
 # | `loss_critic` | weighted value loss | 0.0043 to 0.0174 | 0.0011 to 0.0026 |
@@ -1254,7 +1322,7 @@ for iteration in progress:
 # | `explained_variance` | how well the critic predicts its targets | 0.17 to 0.66 | 0.89 to 0.93 |
 # | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
-# What to check if yours look different:
+# The metrics that begin with `test_` come from the tests. What to check if yours look different:
 #
 # | you see | check |
 # |---|---|
@@ -1268,22 +1336,26 @@ for iteration in progress:
 # `kl_approx` estimates the KL divergence between the old and new policies. It is the old
 # log-probability minus the new one, averaged over the iteration's minibatches, and it can be
 # negative. The explained variance of an untrained critic means little, because its targets contain
-# its own estimates.
+# its own estimates. Under `torchrun`, each process measures its own share of the batch, and the
+# metrics are averages over the processes.
 #
 # *Question 6. What would an off-policy method do with the replay buffer that PPO must not do?*
 #
 # ---
-# ## 9. Evaluation and results
-# During training, actions are sampled. Here the untrained and trained policies act
-# deterministically, and play the same episodes.
+# ## 9. Evaluation
+# Here the untrained and the trained policy play the test episodes. If an earlier policy did better
+# than the last one, it is shown as well.
 
-
-# %%
-evaluation = {"iterations": len(history)}
-evaluation |= {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
-print(f"\n{evaluation_episodes} episodes, deterministic policy    untrained     trained")
-for key, value in evaluation["trained"].items():
-    print(f"{key:<35}{evaluation['untrained'][key]:>12.3f}{value:>12.3f}")
+# %% id="evaluation"
+policies = {"untrained": untrained_policy, "trained": policy}
+tests = [(row[test_key], row["iteration"] + 1) for row in history if test_key in row]
+if tests and max(tests)[1] < len(history):  # the best is not the last
+    policies["best"] = best_policy
+evaluation = {name: evaluate(found) for name, found in policies.items()}
+print(f"\n{cfg.evaluation_episodes} episodes, deterministic policy", end="")
+print("".join(f"{name:>12}" for name in policies))
+for key in evaluation["trained"]:
+    print(f"{key:<34}" + "".join(f"{found[key]:>12.3f}" for found in evaluation.values()))
 
 # %% [markdown]
 # With MAPPO and seed 0, on a CPU:
@@ -1295,142 +1367,112 @@ for key, value in evaluation["trained"].items():
 # collisions                                0.000       0.003
 # ```
 #
+# The best policy was chosen on these very episodes, so expect it to do slightly worse on others.
+#
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
-# The trained policy, the evaluation, two figures and a video are saved in the run's folder.
-# `learning_curve.png` shows this run. `learning_curves.png` shows all runs of this scenario in the
-# same parent folder, with this run as a thick line. `rollout.gif` is a video of one episode. The
-# second of the next two cells only draws these pictures, so skip it if you are here for the method.
-
-# %%
-folder.mkdir(parents=True, exist_ok=True)
-policy_options = {"n_agent_outputs": 2 * n_actions, "centralized": False}
-policy_options["share_params"] = share_parameters_policy
-saved_policy = {"network": {**network_options, **policy_options}, **action_bounds}
-saved_policy["state_dict"] = policy[0].module[0].state_dict()
-save_whole("policy.pt", lambda path: torch.save(saved_policy, path))
-save_whole("evaluation.json", lambda path: path.write_text(json.dumps(evaluation, indent=2)))
-print(f"The results are in {folder}")
-
-# %%
-import csv
-
-from PIL import Image
-
-drawn = ("frames", "episode_reward", success_key)
-runs = {folder.name: (algorithm, history)}
-for path in sorted(folder.resolve().parent.glob("*/metrics.csv")):
-    try:
-        settings = json.loads((path.parent / "hyperparameters.json").read_text("utf-8"))
-        if settings["scenario_name"] == scenario and path.parent.name != folder.name:
-            with open(path, newline="", encoding="utf-8") as table:
-                rows = [{key: float(row[key]) for key in drawn} for row in csv.DictReader(table)]
-            runs[path.parent.name] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        print(f"{path.parent} is left out of the learning curves ({type(error).__name__})")
-
-for name, shown in {"learning_curve.png": [folder.name], "learning_curves.png": runs}.items():
-    figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axes, key in zip(panels, drawn[1:], strict=True):
-        for run in shown:
-            label, rows = runs[run]
-            color, line = {"MAPPO": ("tab:blue", ".-"), "IPPO": ("tab:orange", ".--")}[label]
-            points = [row["frames"] for row in rows], [row[key] for row in rows]
-            width = 3 if run == folder.name else 1
-            axes.plot(*points, line, color=color, linewidth=width, label=label)
-        axes.set(title=f"{scenario}, during training", xlabel="frames", ylabel=key)
-    panels[1].set_ylim(-0.05, 1.05)
-    labels = {line.get_label(): line for line in panels[0].get_lines()}
-    panels[0].legend(labels.values(), labels.keys(), title="thick line: this run")
-    save_whole(name, lambda path, figure=figure: figure.savefig(path, format="png"))
-
-scene, images = make_env(1, evaluation_seed), []
-try:
-    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
-        data = scene.reset()
-        while not images or not data["done"].any():
-            images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
-            data = scene.step_mdp(scene.step(policy(data)))
-        images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
-except Exception as error:  # VMAS's renderer can raise many kinds of exceptions
-    print(
-        f"No rollout.gif, because VMAS could not render ({type(error).__name__}: {error}). "
-        "If OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
-    )
-else:
-    gif = {"format": "GIF", "save_all": True, "append_images": images[1:]}
-    gif |= {"duration": 60, "loop": 0}
-    save_whole("rollout.gif", lambda path: images[0].save(path, **gif))
-    if "get_ipython" in globals():  # notebooks display figures automatically, but not videos
-        from IPython.display import Image as Video
-        from IPython.display import display
-
-        display(Video(folder / "rollout.gif", format="png"))
-
-# %% [markdown]
 # ---
-# ## 10. MAPPO vs. IPPO
-# Now compare the two. First write down the success rates that you expect after 15 iterations. Then
-# run both commands or, in a notebook, change `mappo` and `n_iters` in Section 1.
+# ## 10. Why one of them unlearns the task
+# Back to the question at the beginning. Look at your guess, then run both commands or, in a
+# notebook, change `mappo` and `n_iters`.
 #
 # ```
-# python train_mappo.py --n-iters 15
-# python train_mappo.py --no-mappo --n-iters 15
+# python train_mappo.py --n-iters 20
+# python train_mappo.py --no-mappo --n-iters 20
 # ```
 #
-# `learning_curves.png` in the second run's folder shows the training curves of both runs. One seed
-# proves little. Repeat the commands with `--seed 1` and so on to see the spread, or look at our
-# results. These are mean success rates over ten seeds, in test episodes. You will find every run in
-# study/README.md.
+# One seed proves little, so here are mean success rates in test episodes over SEEDS seeds.
 #
-# | | 10 iterations | 15 | 20 | worst run after 10 | worst after 15 |
-# |---|---|---|---|---|---|
-# | MAPPO | 0.95 | 0.98 | 0.99 | 0.92 | 0.96 |
-# | IPPO | 0.87 | 0.05 | 0.00 | 0.70 | 0.01 |
+# | | 5 iterations | 10 | 15 | 20 | worst run after 10 | worst after 15 |
+# |---|---|---|---|---|---|---|
+# | MAPPO | | 0.95 | 0.98 | 0.99 | 0.92 | 0.96 |
+# | IPPO | | 0.87 | 0.05 | 0.00 | 0.70 | 0.01 |
 #
-# IPPO learns the task and then forgets it. Its training reward falls as well, so it has not found
-# anything better. Why does this happen?
+# IPPO learns the task and then unlearns it. Its training reward falls as well, so it has not found
+# anything better. Something teaches it to do worse.
 #
-# ### Success looks like a loss
-# All robots drive to their goals at the same time, and a local critic sees only one of them. When
-# that robot is near its goal, the others usually are as well, and there is little left for
-# *anybody* to earn. So V_i drops when robot i moves closer, even if no other robot has moved.
-#
-# Take an extreme case without discounting. Suppose that all three robots are always equally far
-# from their goals, at a distance d. The team has 3d left to earn, so a local critic learns that
-# V_i = 3d. Now a single robot moves one unit closer:
-#
-# ```
-#                             reward     value of what is left     advantage
-#     centralized critic        +1                -1                    0
-#     local critic              +1                -3                   -2
-# ```
-#
-# As a prediction from what it sees, the local critic's value is right. As a judgment of one robot's
-# move it is wrong, because the other robots got no closer. In effect, it teaches the robot to stay
-# away.
-#
-# Call the drop in value per unit of progress the *slope*, s. If a critic sees every robot, its
-# slope should be at most 1, so progress is never a loss. With discounting, the slope is gamma^T,
-# since at constant speed the robot would have earned that unit at the end of its drive, in T steps.
-# The slope of a local critic depends on how closely the robots move together.
-#
-# Now measure the slope of the critic that you have trained. The next cell edits the critic's input
-# so that one robot is a little closer to its goal. Its velocity and lidar readings stay as they
-# were, so the critic judges situations slightly different from those it has seen.
-#
-# The cell then uses TorchRL's GAE to compute what progress adds to the advantage. At the step in
-# which the robot moves one unit closer, V_i' is lower by s, and delta changes by 1 - gamma s. At
-# all later steps, both V_i and V_i' are lower by s, and delta changes by s - gamma s. Weighted by
-# GAE, these changes add up to
-#
-#     1 - gamma s + (1 - gamma) s [gamma lmbda + (gamma lmbda)^2 + ...]  =  1 - 0.91 s
-#
-# The others' progress also adds to the advantage, but it does so regardless of what this robot
-# does.
+# ### Look at what your critic teaches
+# The next cell puts one robot at each point of a grid and leaves the others where they are. The
+# arrow at a point shows in which direction the advantage pushes the robot there. It is the
+# direction in which progress plus c times the change of V_i grows fastest, where c is the constant
+# from Section 6. Filled green arrows lead towards the robot's goal, thin red ones away from it.
+# Where do you expect red arrows?
 
 
-# %%
+# %% id="arrow_map"
+import builtins
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+
+
+def show(name, write):
+    """Save a picture in the run's folder and, in a notebook, display it below the cell."""
+    save_whole(folder / name, write)
+    if hasattr(builtins, "__IPYTHON__"):
+        from IPython.display import Image, display
+
+        display(Image(str(folder / name)))
+
+
+def arrow_map(robot=0, points=24):
+    """Return the direction in which the advantage pushes a robot, for each place on a grid.
+
+    Returns a batch of points**2 environments that differ only in where the robot is, and the
+    places, the directions, and the vectors from the goal to the robot, each (points**2, 2).
+    """
+    scene = make_env(points**2, cfg.evaluation_seed)
+    scene.reset()
+    for agent in scene.agents:  # all environments as the first one
+        agent.set_pos(agent.state.pos[0], batch_index=None)
+        agent.goal.set_pos(agent.goal.state.pos[0], batch_index=None)
+    line = torch.linspace(-1.2, 1.2, points, device=cfg.device)
+    places = torch.cartesian_prod(line, line)
+    scene.agents[robot].set_pos(places, batch_index=None)
+    observation = torch.stack([scene.scenario.observation(agent) for agent in scene.agents], dim=1)
+    with torch.no_grad():
+        value = critic_network(observation)[:, robot, 0]
+    from_goal = places - scene.agents[robot].goal.state.pos
+    worth = (c * value - from_goal.norm(dim=-1)).view(points, points)
+    directions = torch.stack(torch.gradient(worth, spacing=(line, line)), dim=-1).view(-1, 2)
+    return scene, places, directions, from_goal
+
+
+def draw_arrow_map(robot=0):
+    """Return a figure of the arrow map of a robot, and the fraction of arrows that lead away."""
+    scene, places, directions, from_goal = arrow_map(robot)
+    away = (directions * from_goal).sum(-1) > 0
+    figure = Figure(figsize=(6, 6.4), layout="constrained")
+    axes = figure.subplots()
+    for chosen, color, width in ((~away, "tab:green", 0.004), (away, "tab:red", 0.008)):
+        arrows = nn.functional.normalize(directions[chosen], dim=-1)
+        axes.quiver(*places[chosen].T.cpu(), *arrows.T.cpu(), color=color, width=width, scale=30)
+    for index, agent in enumerate(scene.agents):
+        goal, place = agent.goal.state.pos[0].tolist(), agent.state.pos[0].tolist()
+        axes.add_patch(Circle(goal, 0.1, color=f"C{index}", alpha=0.5 if index == robot else 0.2))
+        if index != robot:
+            axes.add_patch(Circle(place, 0.1, color=f"C{index}"))
+    axes.set(
+        aspect="equal", title=f"{algorithm}, {len(history)} iterations: where is robot 1 pushed?"
+    )
+    return figure, away.float().mean().item()
+
+
+gamma_lmbda = cfg.gamma * cfg.lmbda
+c = cfg.gamma * (1 - cfg.lmbda) / (1 - gamma_lmbda) if gamma_lmbda < 1 else 0.0
+sees_own_goal = navigation and not cfg.scenario_options.get("observe_all_goals")
+if sees_own_goal:
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.rc_context({"text.usetex": False}):
+        figure, away = draw_arrow_map()
+        show("arrows.png", figure.savefig)
+    print(
+        f"{algorithm}, {len(history)} iterations: {away:.0%} of the arrows lead away from the goal"
+    )
+
+
+# %% id="slope"
 def value_slope(step=0.05):
     """Return how much V_i drops per unit of distance when only robot i moves closer to its goal.
 
@@ -1438,7 +1480,7 @@ def value_slope(step=0.05):
     """
     env.set_seed(seed_for("slope"))
     torch.manual_seed(seed_for("slope"))
-    seen = collector.next()["agents", "observation"]  # (num_vmas_envs, max_steps, n_agents, n_obs)
+    seen = collector.next()["agents", "observation"]  # (num_envs, max_steps, n_agents, n_obs)
     drops = []
     for robot in range(env.n_agents):
         from_goal = seen[..., robot, 4:6]  # its position minus its goal
@@ -1452,123 +1494,106 @@ def value_slope(step=0.05):
     return torch.cat(drops).mean().item() / step
 
 
-def advantage_of_progress(slope):
-    """Return the advantage of a step that earns 1 and lowers the value by `slope` from then on."""
-    reward, value = torch.zeros(max_steps, 1), torch.zeros(max_steps + 1, 1)
-    reward[0] = 1.0
-    value[1:] = -slope
-    done = torch.zeros(max_steps, 1, dtype=torch.bool)
-    advantage, _ = generalized_advantage_estimate(gamma, lmbda, value[:-1], value[1:], reward, done)
-    return advantage[0].item()
-
-
-if navigation and not scenario_options.get("observe_all_goals"):
-    slope, cost = value_slope(), 1 - advantage_of_progress(1.0)
+if sees_own_goal:
+    slope = value_slope()
     print(f"{algorithm}, {len(history)} iterations: slope of the value {slope:.2f}")
-    print(f"advantage of a unit of progress: 1 - {cost:.2f} s = {advantage_of_progress(slope):.2f}")
+    print(f"advantage of a unit of progress: 1 - {c:.2f} s = {1 - c * slope:.2f}")
 
 # %% [markdown]
-# MAPPO:
-# ```
-# MAPPO, 10 iterations: slope of the value 0.37
-# advantage of a unit of progress: 1 - 0.91 s = 0.67
-# ```
-#
-# IPPO:
-# ```
-# IPPO, 10 iterations: slope of the value 1.03
-# advantage of a unit of progress: 1 - 0.91 s = 0.06
-# ```
-#
-# Over ten seeds, the means are:
-#
-# | after | 10 iterations | 15 |
-# |---|---|---|
-# | slope, MAPPO | 0.35 | 0.60 |
-# | slope, IPPO | 0.88 | 1.54 |
-# | advantage of a unit of progress, MAPPO | 0.68 | 0.45 |
-# | advantage of a unit of progress, IPPO | 0.20 | -0.40 |
-# | explained variance, IPPO | 0.83 | 0.95 |
-#
-# Above a slope of 1.1, progress has a negative advantage, at least in this simple model, where the
-# slope is the same everywhere and no episode ends. IPPO crosses that threshold somewhere between 10
-# and 15 iterations. MAPPO's slope is not perfect either. In a drive of 60 steps, gamma^T rises from
-# 0.55 at the start to 1 at the end, and after 10 iterations the slope is below that. But a slope
-# that is too small makes progress look better than it is. Only one that is too large turns progress
-# into a loss.
-#
-# How does this fit with the probe in Section 4? A critic can be right about the average situation
-# and wrong about what *one* action changes. Nor does the explained variance give it away. In the
-# last row, it rises while the policy falls apart, perhaps because a failing team is easy to
-# predict.
-#
-# Is the slope the cause? On every seed, IPPO's success rate in training peaks within two iterations
-# of the slope passing 1.1. And each of these changes, on its own, keeps IPPO from forgetting. The
-# numbers are mean success rates after 15 iterations, over ten seeds.
-#
-# | change | IPPO |
-# |---|---|
-# | none | 0.05 |
-# | the critic also receives the sum of the others' remaining distances | 0.99 |
-# | individual rewards | 1.00 |
-# | a shorter horizon, gamma = 0.9 | 1.00 |
-# | successes bootstrapped like timeouts, which keeps the slope at 1.0 | 0.96 |
-#
-# The first change adds only the one thing that the local critic lacks: a single number. (You can
-# try it yourself in exercise 12 in teaching/.) This is strong evidence, not proof, and it rests on
-# a single task.
-#
-# Is this file to blame for the forgetting? TorchRL's own tutorial has the same hyperparameters, but
-# keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as
-# heavily and counts the time limit as a termination. It stops after 5 iterations. If you let it run
-# longer, its IPPO forgets the task as well. This is its training reward, averaged over ten seeds:
-#
-# | TorchRL's tutorial after | 5 iterations | 12 | 25 |
-# |---|---|---|---|
-# | MAPPO | 1.74 | 2.90 | 3.02 |
-# | IPPO | 1.70 | 2.86 | 1.65 |
-#
-# ### Try it
-#
-# Add `--no-mappo` to see IPPO. These are mean success rates over ten seeds.
-#
-# | experiment | options | MAPPO | IPPO |
-# |---|---|---|---|
-# | individual rewards | `--n-iters 15 --scenario-options '{"shared_rew": false}'` | 0.99 | 1.00 |
-# | a shorter horizon | `--n-iters 15 --gamma 0.9` | 0.99 | 1.00 |
-# | no bootstrapping | `--n-iters 15 --lmbda 1` | 0.43 | 0.15 |
-# | fewer epochs | `--n-iters 50 --num-epochs 10` | 0.99 | 0.08 |
-#
-# Without bootstrapping, a wrong slope can do no harm. But the advantages are noisier, and neither
-# algorithm has learned the task after 15 iterations. Fewer epochs delay the forgetting. They do not
-# prevent it. README.md has more experiments.
-#
-# ### When does a centralized critic pay off?
-# Our experiments suggest that it pays off when much of an agent's return depends on what the agent
-# cannot observe, over a horizon long enough for that to matter. For contrast, try the
-# *reverse_transport* scenario, where each robot sees the package that the team is rewarded for
-# moving. There, IPPO learns as fast as MAPPO and does not forget. Two scenarios do not make a rule.
-# Before you compare your numbers with those of the MAPPO paper, note what differs:
-#
-# | | this file | Yu et al. (2022) |
-# |---|---|---|
-# | tasks | navigation | StarCraft, Hanabi, football, particle worlds |
-# | critic's input | concatenated observations | global state and agent features in StarCraft |
-# | value normalization | no | running statistics of the returns |
-# | value loss | smooth L1 | Huber loss with delta 10, clipped value updates |
-# | epochs per batch | 30 | 5 to 15, fewer in harder tasks |
-# | minibatches | 15 | mostly 1 |
-#
+# MORE
+# %% [markdown]
+# ---
+# ## 11. Files and pictures
+# A run leaves its policies, its evaluation, its learning curves and a video of one test episode in
+# its folder. These cells teach you nothing about the method.
+
+# %% id="files"
+policy_options = {"n_agent_outputs": 2 * n_actions, "centralized": False}
+policy_options["share_params"] = cfg.share_parameters_policy
+saved_policy = {"network": {**network_options, **policy_options}, **action_bounds}
+folder.mkdir(parents=True, exist_ok=True)
+for name, found in {"policy.pt": policy, "best_policy.pt": best_policy}.items():
+    saved_policy["state_dict"] = found[0].module[0].state_dict()
+    save_whole(folder / name, lambda file: torch.save(saved_policy, file))
+text = json.dumps({"iterations": len(history), **evaluation}, indent=2)
+save_whole(folder / "evaluation.json", lambda file: file.write(text.encode()))
+print(f"The results are in {folder}")
+
+# %% id="curves"
+import csv
+
+
+def comparable_runs():
+    """Return {folder: (algorithm, rows)} of this run, and of the runs beside it that are like it.
+
+    Like it are those that differ at most in the algorithm, the seed, and the settings that do not
+    change what is learned.
+    """
+    mine, runs = folder.resolve(), {}
+    differ = {"mappo", "seed", *BOOKKEEPING} - ({"n_iters"} if cfg.anneal_lr else set())
+    own = {name: value for name, value in asdict(cfg).items() if name not in differ}
+    own["scenario_name"] = scenario
+    for path in sorted(mine.parent.glob("*/hyperparameters.json")):
+        try:
+            settings = json.loads(path.read_text("utf-8"))
+            with open(path.with_name("metrics.csv"), newline="", encoding="utf-8") as table:
+                rows = [{k: float(x) for k, x in row.items() if x} for row in csv.DictReader(table)]
+            like = all(settings[name] == value for name, value in own.items())
+            if like and rows and path.parent.resolve() != mine:
+                runs[path.parent.resolve()] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
+        except (OSError, ValueError, KeyError) as error:
+            print(f"{path.parent} is not in the learning curves ({type(error).__name__})")
+    return {**runs, mine: (algorithm, history)}
+
+
+def draw_learning_curves(runs):
+    """Return a figure of the reward in training and the success rate in tests, over frames."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, key in zip(panels, ("episode_reward", test_key), strict=True):
+        for place, (label, rows) in runs.items():
+            color, style = {"MAPPO": ("tab:blue", ".-"), "IPPO": ("tab:orange", ".--")}[label]
+            width = 3 if place == folder.resolve() else 1
+            points = [(row["frames"], row[key]) for row in rows if key in row]
+            axes.plot(*zip(*points), style, color=color, linewidth=width, label=label)
+        axes.set(title=key.replace("_", " "), xlabel="frames")
+    panels[1].set_ylim(-0.05, 1.05)
+    labels = {line.get_label(): line for line in panels[0].get_lines()}
+    panels[0].legend(labels.values(), labels.keys(), title="thick: this run")
+    return figure
+
+
+with matplotlib.rc_context({"text.usetex": False}):
+    show("learning_curves.png", draw_learning_curves(comparable_runs()).savefig)
+
+# %% id="video"
+from PIL import Image
+
+
+def film(policy):
+    """Return the pictures of one test episode, played with the deterministic policy."""
+    scene, images = make_env(1, cfg.evaluation_seed), []
+    with torch.no_grad(), set_exploration_type(ExplorationType.DETERMINISTIC):
+        data = scene.reset()
+        while not images or not data["done"].any():
+            images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
+            data = scene.step_mdp(scene.step(policy(data)))
+    images.append(Image.fromarray(scene.render("rgb_array")).reduce(2))
+    scene.close()
+    return images
+
+
+try:
+    images = film(policy)
+except Exception as error:  # VMAS's renderer can raise many kinds of exceptions
+    print(
+        f"No rollout.gif, because VMAS could not render ({type(error).__name__}: {error}). "
+        "If OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
+    )
+else:
+    gif = {"format": "GIF", "save_all": True, "append_images": images[1:], "duration": 60}
+    show("rollout.gif", lambda file: images[0].save(file, **gif, loop=0))
+
+# %% [markdown]
 # ---
 # ## Answers
-# 1. `6000 / 400 * 30 = 450`. An epoch has 15 minibatches, and there are 30 epochs.
-# 2. Its target would be that step's reward alone. It could not know when to expect this, because
-#    the observations do not include the time step. So it would undervalue states in which episodes
-#    often run out of time.
-# 3. `18*256 + 256 + 256*256 + 256 + 256*4 + 4 = 71684`, and three times as many without sharing.
-# 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, for any team size.
-# 5. One. The advantage is then r_i + gamma V_i' - V_i.
-# 6. It would keep old frames and learn from them again. PPO must not, because its ratio corrects
-#    only for the small step from the policy that collected the batch.
-# 7. Two likely reasons are that actions are sampled during training, so robots jitter around their
-#    goals, and that the last batch was collected before the last update.
