@@ -1,83 +1,105 @@
-"""The cells of train_mappo.py, each with the part of the lesson that it belongs to."""
+"""The cells of train_mappo.py, found by their ids, and the ways to run them."""
 
-import ast
+import os
 import re
+import runpy
+import subprocess
+import sys
+import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import jupytext
 
-SCRIPT = Path(__file__).resolve().parents[1] / "train_mappo.py"
-PROBE = "explained_variance_of"  # defined by the cell of Section 4 that takes seconds
-PICTURES = "runs"  # defined by the cell that draws
-
-
-class Cell(NamedTuple):
-    """A cell of code; its part is "engineering" or the number of its section."""
-
-    part: str
-    heading: str
-    source: str
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = Path(os.environ.get("TRAIN_MAPPO", REPOSITORY / "train_mappo.py")).resolve()
+BY_HAND = ("critic_by_hand", "critic_check", "gae_by_hand", "gae_check")
+BY_HAND += ("loss_by_hand", "loss_check")  # what the reader may leave out
+PICTURES = ("arrow_map", "slope", "curves", "video")  # what takes longer than a tiny training
+SLOW = ("probe", *PICTURES)
+LONGEST = 300  # seconds; only a process that hangs needs as much
 
 
 def read_cells(path=SCRIPT):
-    """Return all cells of code from top to bottom; the imports on top are one of them."""
-    part, heading, found = "", "", []
-    for cell in jupytext.read(path).cells:
-        if cell.cell_type == "markdown":
-            for line in re.findall(r"^##+ .*", cell.source, re.MULTILINE):
-                heading = line.lstrip("# ")
-                if line.startswith("## "):
-                    part = "engineering" if "skip" in line else heading.partition(".")[0]
-        else:
-            found.append(Cell(part, heading, cell.source))
-    return found
+    """Return {id: source} of the cells of code from top to bottom; the first is "imports"."""
+    found = [cell for cell in jupytext.read(path).cells if cell.cell_type == "code"]
+    names = ["imports", *(cell.metadata["id"] for cell in found[1:])]
+    assert len({*names}) == len(names), "two cells have the same id"
+    return dict(zip(names, (cell.source for cell in found), strict=True))
 
 
-def without(*parts, defining=(), boxes=True):
-    """Return sources of cells, but for some parts, cells that define some names, and the boxes."""
-    return [
-        cell.source
-        for cell in read_cells()
-        if cell.part not in parts
-        and not (not boxes and "box" in cell.heading)
-        and not set(defining) & assigned_names(cell.source)
-    ]
-
-
-def assigned_names(source):
-    """Return the names that a cell defines at its top level."""
-    names = set()
-    for node in ast.parse(source).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            names.add(node.name)
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            found = [one for one in ast.walk(node) if isinstance(one, ast.Name)]
-            names |= {one.id for one in found if isinstance(one.ctx, ast.Store)}
-    return names
-
-
-def cell_that_defines(name):
-    """Return the source of the only cell that defines a name."""
-    [source] = [cell.source for cell in read_cells() if name in assigned_names(cell.source)]
-    return source
-
-
-def with_values(source, **values):
-    """Return Section 1's cell with other values in its assignments, as a reader changes them."""
+def with_values(config, **values):
+    """Return the source of Section 1's cell with other defaults, as a reader changes them."""
     for name, value in values.items():
-        source, count = re.subn(
-            rf"^{name} = .*?(?=  #)", f"{name} = {value!r}", source, flags=re.MULTILINE
+        new = f"field(default_factory=lambda: {value!r})" if value == {} else repr(value)
+        new = f"field(default_factory=lambda: {value!r})" if isinstance(value, dict) else new
+        config, count = re.subn(
+            rf"^(    {name}: [^=\n]+ = ).*?(?=  #|$)", rf"\g<1>{new}", config, flags=re.MULTILINE
         )
         assert count == 1, name
-    return source
+    return config
 
 
-def run_cells(sources, **values):
-    """Run cells as a notebook does, Section 1's with other values; return the names they define."""
-    space = {"__name__": "notebook"}
+def sources(*left_out, begin="imports", **values):
+    """Return the sources from a cell on, some left out and with other defaults in Section 1."""
+    cells = read_cells()
+    cells["config"] = with_values(cells["config"], **values)
+    names = [*cells]
+    chosen = names[names.index(begin) :]
+    assert {*left_out} <= {*names}
+    return [cells[name] for name in chosen if name not in left_out]
+
+
+def write_copy(path, *left_out, edits=(), **values):
+    """Write a copy of the file without some cells, with other defaults and pieces replaced.
+
+    `edits` is {old: new}; each old piece must occur exactly once. Returns `path`.
+    """
+    text, cells = SCRIPT.read_text("utf-8"), read_cells()
+    pieces = {cells[name]: "" for name in left_out}
+    pieces[cells["config"]] = with_values(cells["config"], **values)
+    for old, new in {**pieces, **dict(edits)}.items():
+        assert text.count(old) == 1, f"{text.count(old)} times: {old}"
+        text = text.replace(old, new)
+    path.write_text(text, "utf-8")
+    return path
+
+
+def run_cells(sources, space=None):
+    """Run cells as a notebook does; return the names that they define."""
+    space = {"__name__": "__main__"} if space is None else space
     for source in sources:
-        if "mappo" in assigned_names(source):
-            source = with_values(source, **values)
         exec(compile(source, "cell", "exec"), space)
     return space
+
+
+def run_inside(*words, path=SCRIPT):
+    """Run the file in this process, command line and all, and return its global names."""
+    before = sys.argv, sys.excepthook
+    sys.argv = [str(path), *map(str, words)]
+    try:
+        with warnings.catch_warnings():
+            return runpy.run_path(str(path), run_name="__main__")
+    finally:
+        sys.argv, sys.excepthook = before
+
+
+def start(*words, program=(SCRIPT,), **how):
+    """Start the file, or another Python program, in a process of its own; return the process."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, [*program, *words])],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        **how,
+    )
+
+
+def finish(process, status=0):
+    """Wait for a process, check its exit status, and return what it wrote to stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=LONGEST)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not kill: torchrun then ends the processes that it has started
+        raise
+    assert process.returncode == status, err
+    return out, err

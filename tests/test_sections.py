@@ -1,135 +1,201 @@
-"""The sections as readers use them: in a notebook, with a cell left out, run once more."""
+"""The sections as readers use them: in a notebook, with cells left out, changed, run once more."""
 
-import json
 import re
 
 import jupytext
 import nbformat
 import pytest
-import torch
 from nbclient import NotebookClient
 
-from cells import PROBE, assigned_names, read_cells, with_values, without
-from conftest import BAR, SCRIPT, TINY, assert_same, load, options, rows, run_inside
+from cells import BY_HAND, SCRIPT, SLOW, read_cells, run_cells, sources, write_copy
+from conftest import (
+    BAR,
+    TINY,
+    assert_same,
+    load,
+    options,
+    rows,
+    run_inside,
+    strange_lines,
+    without_seconds,
+)
 
 
-def kernel(folder):
-    """Return an empty notebook whose kernel, once set up, works in that folder."""
-    resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(
-        nbformat.v4.new_notebook(), kernel_name="python3", resources=resources, timeout=600
-    )
-
-
-def run_cells(client, sources, **values):
-    """Run cells in a kernel, Section 1's with other values; return all that they showed."""
-    outputs = []
-    for source in sources:
-        if "mappo" in assigned_names(source):
-            source = with_values(source, **{**TINY, **values})
-        client.nb.cells.append(nbformat.v4.new_code_cell(source))
-        cell = client.execute_cell(client.nb.cells[-1], len(client.nb.cells) - 1)
-        outputs += cell.outputs
-    return outputs
-
-
-def texts(outputs, stream):
-    """Return what was written to "stdout" or "stderr"."""
-    return "".join(output.text for output in outputs if output.get("name") == stream)
-
-
-def pictures(outputs):
-    """Return the pictures that were shown."""
-    return [output for output in outputs if "image/png" in output.get("data", {})]
-
-
-def test_the_method_runs_alone(tmp_path):
-    """In a Jupyter kernel, without the engineering: a policy that moved and its evaluation."""
-    client = kernel(tmp_path)
-    with client.setup_kernel():
-        shown = run_cells(client, without("engineering", defining=[PROBE]))
-        check = "print(len(history), (policy.state_dict()['module.0.module.0.params.0.weight'] - "
-        check += "untrained_policy.state_dict()['module.0.module.0.params.0.weight']).any().item())"
-        assert texts(run_cells(client, [check]), "stdout") == "2 True\n"
+@pytest.mark.parametrize("algorithm", ["mappo", "ippo"])
+def test_the_method_alone_gives_the_same_numbers(algorithm, tmp_path, request, monkeypatch):
+    """Without the engineering cell and with every other cell; nothing is saved in training."""
+    monkeypatch.chdir(tmp_path)
+    whole = request.getfixturevalue(algorithm)
+    values = {**TINY, "mappo": algorithm == "mappo"}
+    alone = run_cells(sources("engineering", "video", **values))
+    assert without_seconds(alone["history"]) == without_seconds(whole["history"])
+    assert alone["evaluation"] == whole["evaluation"]
     [folder] = (tmp_path / "runs").iterdir()
-    assert {path.name for path in folder.iterdir()} - {"rollout.gif"} == {
-        "policy.pt",
-        "evaluation.json",
-        "learning_curve.png",
-        "learning_curves.png",
+    assert {path.suffix for path in folder.iterdir()} == {".pt", ".png", ".json"}
+    assert not (folder / "checkpoint.pt").exists() and (folder / "policy.pt").exists()
+
+
+@pytest.mark.parametrize("left_out", [*BY_HAND, "probe", "all"])
+def test_cells_that_show_something_can_be_left_out(left_out, mappo, lean, tmp_path):
+    """A check goes with its function, but a function, a check or the probe alone may go, too."""
+    names = {*BY_HAND, "probe"} if left_out == "all" else {left_out}
+    if left_out.endswith("_by_hand"):  # its check calls it
+        names.add(left_out.replace("_by_hand", "_check"))
+    found = run_cells(sources("engineering", *{*SLOW, *names}, **TINY, run_folder=str(tmp_path)))
+    assert without_seconds(found["history"]) == without_seconds(mappo["history"])
+
+
+CHANGES = {  # how the library's part is made, what is changed in it, and the check that must notice
+    "gamma": ("gamma=cfg.gamma, lmbda", "gamma=0.9, lmbda", "gae_check"),
+    "lambda": ("lmbda=cfg.lmbda, value", "lmbda=0.8, value", "gae_check"),
+    "clip_epsilon": ("clip_epsilon=cfg.clip_epsilon", "clip_epsilon=0.1", "loss_check"),
+    "critic_coeff": ("critic_coeff=cfg.critic_coeff", "critic_coeff=1.0", "loss_check"),
+    "entropy": ("entropy_coeff=cfg.entropy_eps", "entropy_coeff=-cfg.entropy_eps", "loss_check"),
+    "dimensions": ("exclude_dims=(-2,)", "exclude_dims=()", "loss_check"),
+    "value loss": ('"smooth_l1"', '"l2"', "loss_check"),
+    "flag": ("centralized=cfg.mappo,  #", "centralized=not cfg.mappo,  #", "critic_check"),
+    # Mistakes in the code by hand must be noticed as well.
+    "done for terminated": ("gamma * (1 - terminated)", "gamma * (1 - done)", "gae_check"),
+    "terminated for done": ("(1 - done[:, step])", "(1 - terminated[:, step])", "gae_check"),
+    "no done": (" * (1 - done[:, step])", "", "gae_check"),
+    "target": ("return advantage, advantage + value", "return advantage, value", "gae_check"),
+    "no min": ("torch.minimum(ratio", "torch.maximum(ratio", "loss_check"),
+    "sign": ('"loss_objective": -objective', '"loss_objective": objective', "loss_check"),
+    "wrong axis": ("std = advantage.std(0)", "std = advantage.std()", "loss_check"),
+    "no exp": ("log_ratio.exp()", "(1 + log_ratio)", "loss_check"),
+    "last tanh": ("if weight is not layers[-1][0]:", "if True:", "critic_check"),
+}
+
+
+@pytest.mark.parametrize("mappo", [True, False])
+@pytest.mark.parametrize("change", CHANGES)
+def test_each_check_notices_a_mistake(change, mappo):
+    """The notebook ends in an error at the check, and not before."""
+    old, new, check = CHANGES[change]
+    cells = read_cells()
+    assert sum(source.count(old) for source in cells.values()) == 1, old
+    names = [name for name in cells if name not in SLOW]
+    before = names[: names.index(check)]
+    changed = dict(zip(names, sources(*SLOW, **TINY, mappo=mappo), strict=True))
+    changed = {name: source.replace(old, new) for name, source in changed.items()}
+    space = run_cells(changed[name] for name in before if name != "engineering")
+    with pytest.raises((AssertionError, RuntimeError)):
+        exec(changed[check], space)
+
+
+@pytest.mark.parametrize("mappo", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_the_checks_agree_in_every_case(mappo, shared, normalize, capsys):
+    values = {"mappo": mappo, "normalize_advantage": normalize, "n_agents": 4, "depth": 3}
+    values |= {"share_parameters_policy": shared, "share_parameters_critic": shared}
+    until_the_loss = sources("engineering", *SLOW, **TINY | values)
+    until_the_loss = until_the_loss[: until_the_loss.index(read_cells()["setup"])]
+    run_cells(until_the_loss)
+    assert "loss_entropy" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("engineering", [True, False])
+def test_flipped_from_section_4_on_it_is_the_other_algorithm(engineering, ippo, lean, tmp_path):
+    """A run in a folder of its own that goes like `--no-mappo`; then one more iteration."""
+    left_out = SLOW if engineering else (*SLOW, "engineering")
+    space = run_cells(sources(*left_out, **TINY, run_folder=str(tmp_path / "first")))
+    space["cfg"].mappo, space["cfg"].run_folder = False, str(tmp_path / "flipped")
+    run_cells(sources(*left_out, begin="critic_by_hand"), space)
+    assert without_seconds(space["history"]) == without_seconds(ippo["history"])
+    space["cfg"].n_iters = 3
+    run_cells([read_cells()["setup"], read_cells()["loop"]] if engineering else [], space)
+    if engineering:
+        run_inside(*options(n_iters=3, mappo=False, run_folder=tmp_path / "3"), path=lean)
+        assert_same(tmp_path / "flipped", tmp_path / "3")
+        assert load(tmp_path / "first")["config"]["mappo"]
+
+
+def test_an_interrupted_iteration_is_repeated_from_its_start(mappo, tmp_path):
+    """The cells of Section 8 are run once more after an interrupt in the middle of an update."""
+    run = str(tmp_path / "run")
+    loop = "            optimizer.step()\n"
+    assert read_cells()["loop"].count(loop) == 1
+    stop = f"{loop}            if len(history) == 1 and minibatch_losses: raise KeyboardInterrupt\n"
+    cells = sources(*SLOW, **TINY, run_folder=run)
+    at = cells.index(read_cells()["loop"])
+    with pytest.raises(KeyboardInterrupt):
+        space = {"__name__": "__main__"}
+        run_cells([*cells[:at], cells[at].replace(loop, stop)], space)
+    run_cells([read_cells()["setup"], cells[at]], space)
+    assert_same(tmp_path / "run", mappo["folder"])
+
+
+def test_every_cell_may_be_run_twice(mappo, tmp_path):
+    cells = sources(*SLOW, **TINY, run_folder=str(tmp_path / "run"))
+    run_cells(one for source in cells for one in (source, source))
+    assert_same(tmp_path / "run", mappo["folder"])
+
+
+EARLY = {"seed": 7, "num_cells": 16, "depth": 1, "share_parameters_policy": False, "max_steps": 10}
+EARLY |= {"n_agents": 2, "frames_per_batch": 300, "scenario_options": {"lidar_range": 0.2}}
+
+
+@pytest.mark.parametrize("name", EARLY)
+def test_a_value_of_sections_2_and_3_that_is_changed_too_late_is_refused(name, tmp_path):
+    """Run from Section 4 on, the networks or the environment would be those of before."""
+    space = run_cells(sources(*SLOW, **TINY, run_folder=str(tmp_path / "first")))
+    setattr(space["cfg"], name, EARLY[name])
+    space["cfg"].run_folder = str(tmp_path / "second")
+    with pytest.raises(ValueError, match=f"{name} is .*, but must be .*") as refused:
+        run_cells(sources(*SLOW, begin="critic_by_hand"), space)
+    assert "rerun" in str(refused.value)
+    assert not (tmp_path / "second" / "checkpoint.pt").exists()
+
+
+def test_a_notebook_resumes_a_stopped_run(lean, mappo, tmp_path, capsys):
+    """With `run_folder` set to it, and the same values otherwise."""
+    run_inside(*options(n_iters=1, run_folder=tmp_path / "run"), path=lean)
+    run_cells(sources(*SLOW, *BY_HAND, **TINY, run_folder=str(tmp_path / "run")))
+    assert "1 of 2 iterations are done" in capsys.readouterr().out
+    assert_same(tmp_path / "run", mappo["folder"])
+
+
+def test_a_notebook_holds_other_things(tmp_path):
+    """Names of the reader's own are no hyperparameters, whatever they are and wherever they are."""
+    own = "x = 3; lr = 0.1; rng = object(); run_folder = None; fields = ['mine']"
+    run_cells([own, *sources(*SLOW, **TINY, run_folder=str(tmp_path / "run"))])
+    assert load(tmp_path / "run")["config"]["lr"] == 3e-4
+    assert not {"x", "rng"} & load(tmp_path / "run")["config"].keys()
+
+
+def test_the_whole_file_in_one_cell(mappo, tmp_path):
+    """As after `%load`, or pasted."""
+    path = write_copy(tmp_path / "x.py", *SLOW, **TINY, run_folder=str(tmp_path / "run"))
+    run_cells([path.read_text("utf-8")])
+    assert_same(tmp_path / "run", mappo["folder"])
+
+
+def test_a_jupyter_notebook_shows_results_only(ippo, tmp_path):
+    """In a real kernel: no error, pictures, only the progress bar on stderr; flipped as well."""
+    notebook = jupytext.reads(SCRIPT.read_text("utf-8"), fmt="py:percent")
+    hidden = [one for one in notebook.cells if one.metadata.get("jupyter", {}).get("source_hidden")]
+    assert [one.metadata["id"] for one in hidden] == ["engineering"]
+    first = sources("probe", **TINY)
+    code = [*first, "cfg.mappo = False", *sources(*SLOW, begin="critic_by_hand")]
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in code]
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, kernel_name="python3", resources=where, timeout=600).execute()
+    outputs = [output for one in notebook.cells for output in one.outputs]
+    text = {
+        stream: "".join(output.text for output in outputs if output.get("name") == stream)
+        for stream in ("stdout", "stderr")
     }
-    evaluation = json.loads((folder / "evaluation.json").read_text())
-    assert evaluation["trained"] != evaluation["untrained"]
-    assert torch.load(folder / "policy.pt")["network"]["n_agents"] == 3
-    assert "untrained     trained" in texts(shown, "stdout")
-    err = texts(shown, "stderr")
-    assert [line for line in re.split(r"[\r\n]", err) if line.strip() and not BAR.match(line)] == []
-    assert len(pictures(shown)) >= 2  # the curves
+    assert strange_lines(text["stderr"]) == []
+    assert {found[1] for found in BAR.finditer(text["stderr"])} == {"MAPPO", "IPPO"}
+    assert text["stdout"].count("untrained     trained") == 2
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) >= 2
+    assert "To resume it" not in text["stdout"]  # no command line, no such command
+    [flipped] = (tmp_path / "runs").glob("ippo-*")
+    assert rows(flipped) == rows(ippo["folder"]) and len([*(tmp_path / "runs").iterdir()]) == 2
 
 
-@pytest.fixture(scope="module")
-def flipped(tmp_path_factory):
-    """Run the whole notebook, flip the flag and run all from Section 4 on, then train longer."""
-    folder = tmp_path_factory.mktemp("notebook")
-    notebook = jupytext.read(SCRIPT)
-    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    section_1 = next(source for source in code if "mappo" in assigned_names(source))
-    section_4 = [cell.part for cell in read_cells()].index("4")
-    later = [source for source in code[section_4:] if PROBE not in assigned_names(source)]
-    client = kernel(folder)
-    with client.setup_kernel():
-        outputs = [run_cells(client, code)]
-        outputs.append(run_cells(client, [section_1, *later], mappo=False))
-        loop = next(source for source in code if "before_training:" in source)
-        outputs.append(run_cells(client, ["n_iters = 3", *code[code.index(loop) :]]))
-    return folder, outputs
-
-
-def test_a_notebook_shows_results_only(flipped):
-    """No error, nothing on stderr but the progress bar, and the table once a run."""
-    _, (first, second, longer) = flipped
-    outputs = first + second
-    assert all(output.output_type != "error" for output in outputs + longer)
-    assert texts(outputs, "stdout").count("untrained     trained") == 2
-    err = texts(outputs, "stderr")
-    assert {found[1] for found in BAR.finditer(err)} == {"MAPPO", "IPPO"}
-    assert [line for line in re.split(r"[\r\n]", err) if line.strip() and not BAR.match(line)] == []
-
-
-def test_the_flipped_run_is_a_fresh_one(flipped, lean, tmp_path):
-    """It begins in a folder of its own, with the untrained policy, and goes like `--no-mappo`.
-
-    The loop's cell, run once more with a larger n_iters, makes it longer.
-    """
-    folder, _ = flipped
-    names = sorted(path.name.split("-")[0] for path in (folder / "runs").iterdir())
-    assert names == ["ippo", "mappo"]
-    [ippo] = (folder / "runs").glob("ippo*")
-    run_inside(*options(run_folder=tmp_path / "run"), "--no-mappo", path=lean)
-    assert len(rows(ippo)) == 3
-    assert rows(ippo)[:2] == rows(tmp_path / "run")
-
-
-def test_a_notebook_resumes_a_stopped_run(lean, tmp_path):
-    """With `run_folder` set to it, and the same values otherwise; as if it had not been stopped.
-
-    The boxes and the probe are left out, which changes nothing.
-    """
-    for n_iters in (1, 2):
-        words = options(n_iters=n_iters, run_folder=tmp_path / str(n_iters))
-        run_inside(*words, path=lean)
-    client = kernel(tmp_path)
-    with client.setup_kernel():
-        sources = without("9", "10", boxes=False, defining=[PROBE])
-        shown = run_cells(client, sources, run_folder=str(tmp_path / "1"))
-    assert "1 of 2 iterations are done" in texts(shown, "stdout")
-    assert len(load(tmp_path / "1")["history"]) == 2
-    assert_same(tmp_path / "1", tmp_path / "2")
-
-
-def test_the_engineering_is_collapsed_in_a_notebook():
-    """The only cell whose source is hidden is the one that readers are told to skip."""
-    cells = jupytext.read(SCRIPT).cells
-    hidden = [cell for cell in cells if cell.metadata.get("jupyter", {}).get("source_hidden")]
-    [cell] = hidden
-    assert "start_or_resume" in assigned_names(cell.source)
+def test_numbers_in_the_file_are_those_of_the_code():
+    """No placeholder of an unfinished text is left."""
+    assert not re.search(r"@@|\bMORE\b|\bSEEDS\b|TODO", SCRIPT.read_text("utf-8"))
