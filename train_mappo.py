@@ -659,7 +659,7 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 # (2021, arXiv:2006.05990) found these small weights to be among the choices that matter most.
 
 
-# %% id="policy"
+# %% id="initialization"
 def orthogonal_init(network, final_gain):
     """Set the weights of a MultiAgentMLP to random orthogonal matrices and its biases to 0.
 
@@ -678,6 +678,7 @@ def orthogonal_init(network, final_gain):
                 value.zero_()
 
 
+# %% id="policy"
 torch.manual_seed(seed_for("policy"))
 network_options = {
     "n_agents": env.n_agents,
@@ -1329,11 +1330,11 @@ for key in evaluation["trained"]:
 # %% [markdown]
 # With MAPPO and seed 0, on a CPU:
 # ```
-# 200 episodes, deterministic policy   untrained     trained
-# episode_reward                          -0.007       3.148
-# success_rate                             0.000       0.935
-# episode_length                         100.000      63.020
-# collisions                               0.000       0.003
+# 200 episodes, deterministic policy    untrained     trained
+# episode_reward                           -0.007       3.148
+# success_rate                              0.000       0.935
+# episode_length                          100.000      63.020
+# collisions                                0.000       0.003
 # ```
 #
 # The best policy was chosen on these very episodes, so expect it to do slightly worse on others.
