@@ -48,20 +48,20 @@ from torchrl.objectives.value import MultiAgentGAE
 from tqdm import tqdm
 
 logging.getLogger("torchrl").setLevel(logging.WARNING)  # at INFO level, it logs every buffer
-# A scenario whose team has a fixed size does not use n_agents, and VMAS warns about that.
+# Scenarios with a fixed team size ignore n_agents, and VMAS warns about it.
 warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed but not used")
 
 # %% [markdown]
 # # Multi-agent PPO, step by step
 #
 # You already know single-agent PPO. Here you train a team. Three robots start at random positions,
-# each with its own goal, and share most of the reward. Two algorithms learn this task, and a single
-# argument in the code sets them apart. After ten iterations, both reach the goals in most episodes.
-# Train for five more iterations, and one of them gets even better, while the other hardly ever
-# succeeds again.
+# each with its own goal, and share most of the reward. You train them with two algorithms that
+# differ in a single argument. After ten iterations, both algorithms reach the goals in most
+# episodes. Five iterations later, one of them has become even better, while the other hardly ever
+# succeeds.
 #
-# **Which one fails, and why?** Write down your guess. At the end of this file, you will be able to
-# see the answer in a picture of what your own critic has learned.
+# **Which one fails, and why?** Write down your guess. By the end of this file, you will see the
+# answer in a picture of what your own critic has learned.
 #
 # PPO (Schulman et al. 2017, arXiv:1707.06347) is *on-policy*. It collects a batch of experience
 # with the current policy, improves the policy on that batch for a few epochs, and throws the batch
@@ -69,7 +69,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # likely.
 #
 # With several agents, the others are part of each agent's environment. They learn too, so a move
-# that worked yesterday may fail today. To a single agent, the world is *non-stationary*. On-policy
+# that worked yesterday may fail today. To each agent, the world looks *non-stationary*. On-policy
 # data limits the damage, because no batch is older than one iteration, whereas a large replay
 # buffer would be full of experience with teammates that no longer exist.
 #
@@ -152,7 +152,7 @@ class Config:
     depth: int = 2  # hidden layers per network
     num_cells: int = 256  # units per hidden layer
 
-    evaluation_interval: int = 5  # test the policy after every so many iterations
+    evaluation_interval: int = 5  # iterations between tests of the policy
     evaluation_episodes: int = 200  # test episodes
     evaluation_seed: int = 12345  # random seed for the test episodes
     run_folder: str = ""  # where results go; empty: a new folder in runs/
@@ -175,12 +175,12 @@ cfg = Config()
 
 # %% id="placeholders"
 rank, world_size = 0, 1  # the index of this process, and how many there are
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}  # does not change what is learned
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}  # these do not affect learning
 BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
 class Run:
-    """What the training loop calls. This class does nothing, and so it saves nothing."""
+    """A placeholder for what the training loop calls. It saves nothing."""
 
     def distribute(self, loss_module):
         return loss_module
@@ -199,7 +199,7 @@ run = Run()
 
 
 def save_whole(path, write):
-    """Let `write` fill a binary file, then move it to `path`, which is never left half-written."""
+    """Write a file atomically. `write` receives a binary file; only process 0 writes."""
     if rank == 0:
         unfinished = path.with_name(f".unfinished-{path.name}")
         try:
@@ -215,7 +215,7 @@ def save_whole(path, write):
 # %% [markdown]
 # ---
 # ## Engineering (skip this cell and go on to Section 2)
-# The next cell teaches you nothing about the method. It turns the fields of `Config` into
+# The next cell has nothing to do with the method. It turns the fields of `Config` into
 # command-line options, rejects invalid values, saves checkpoints and resumes from them, writes and
 # logs the metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`,
 # `world_size` and `run` from the cells above and touches nothing else, so training gives the same
@@ -576,10 +576,10 @@ run = SavedRun(cfg, is_program)
 # tuple such as `("next", "done")` is a path in it. Per-agent data is stored under `"agents"`,
 # and everything that a step returns under `"next"`.
 #
-# Running out of time does not end an episode the way a success does. After a *termination*,
-# nothing more can be earned, so the value of what follows is 0. A *truncated* episode could have
-# continued, so the critic's estimate of the rest still counts. By itself, VMAS reports both as
-# terminated. Here, the `StepCounter` transform applies the time limit and keeps the two apart.
+# Running out of time is not the same as succeeding. After a *termination*, nothing more can be
+# earned, so the value of what follows is 0. A *truncated* episode could have continued, so the
+# critic's estimate of the rest still counts. On its own, VMAS reports both as terminations. Here,
+# the `StepCounter` transform applies the time limit and keeps the two apart.
 
 
 # %% id="make_env"
@@ -603,7 +603,7 @@ def make_env(num_envs, seed):
 
 
 # %% id="environment"
-# Under torchrun, each process has its share of the environments, and of every batch. Otherwise,
+# Under torchrun, each process gets its share of the environments and of each batch. Otherwise,
 # these are simply the numbers from Section 1.
 num_envs = cfg.num_vmas_envs // world_size
 batch_frames = cfg.frames_per_batch // world_size
@@ -621,6 +621,7 @@ for key in [("agents", "observation"), ("agents", "action"), ("next", "agents", 
     print(key, tuple(rollout[key].shape))
 for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
     print(key, tuple(rollout[key].shape))
+first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the networks on
 
 # %% [markdown]
 # ```
@@ -650,13 +651,13 @@ for key in [("next", "terminated"), ("next", "truncated"), ("next", "done")]:
 #    bounds with a tanh, and stores the action's log-probability, which PPO needs later.
 #
 # *Parameter sharing.* With `share_parameters_policy`, all agents use the same weights, and the
-# network learns from every agent's experience. Sharing has a cost. Agents with identical
-# observations behave alike, so a task that needs specialists needs agent IDs or separate networks.
+# network learns from every agent's experience. The cost is that agents with identical observations
+# behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
-# *Initialization.* With orthogonal weights, no direction of the input is amplified or lost more
-# than another. The last layer of the policy starts with small weights, so that at first all actions
-# are spread widely around the center of their range, whatever a robot observes. Andrychowicz et al.
-# (2021, arXiv:2006.05990) found these small weights to be among the choices that matter most.
+# *Initialization.* Orthogonal weights amplify all directions of a layer's input or output equally.
+# The last layer of the policy starts with small weights, so that at first all actions are spread
+# widely around the center of their range, whatever a robot observes. Andrychowicz et al. (2021,
+# arXiv:2006.05990) found these small weights to be among the choices that matter most.
 
 
 # %% id="initialization"
@@ -710,7 +711,7 @@ untrained_policy = ProbabilisticActor(
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
-means = untrained_policy(env.reset())["agents", "loc"]  # (num_envs, n_agents, n_actions)
+means = untrained_policy(first_step.clone())["agents", "loc"]  # (num_envs, n_agents, n_actions)
 print("mean actions in one environment, one row per robot:")
 for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
@@ -718,9 +719,9 @@ for row in means[0].tolist():
 # %% [markdown]
 # ```
 # mean actions in one environment, one row per robot:
-#   -0.0046    0.0022
-#    0.0005   -0.0009
-#   -0.0039    0.0013
+#   -0.0017    0.0000
+#    0.0003    0.0000
+#    0.0024    0.0010
 # ```
 #
 # All means are close to 0. That is the effect of the small weights in the last layer.
@@ -736,13 +737,13 @@ for row in means[0].tolist():
 # | IPPO | o_i | 18 numbers |
 # | MAPPO | o_1, o_2, ..., o_n, concatenated | 54 numbers |
 #
-# Yu et al. give the critic a global state where the environment has one. Here the concatenated
-# observations take its place.
+# Yu et al. give the critic a global state where the environment provides one. Here, the critic gets
+# the concatenated observations instead.
 #
 # ### By hand
 # This is the whole forward pass. In Sections 4, 6 and 7, each step is first written out in plain
-# PyTorch, then built from TorchRL's parts, and then the two are compared. No other cell needs the
-# hand-written ones.
+# PyTorch, then built from TorchRL's parts, and then the two are compared. Nothing else depends on
+# the hand-written versions, so you may leave them out.
 
 
 # %% id="critic_by_hand"
@@ -784,12 +785,12 @@ critic = TensorDictModule(
     in_keys=[("agents", "observation")],
     out_keys=[("agents", "state_value")],
 )
-values = critic(env.reset())["agents", "state_value"]  # (num_envs, n_agents, 1)
+values = critic(first_step.clone())["agents", "state_value"]  # (num_envs, n_agents, 1)
 print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist()))
 
 # %% id="critic_check"
 with torch.no_grad():
-    observation = env.reset()["agents", "observation"]
+    observation = first_step["agents", "observation"]
     parameters = [*critic_network.parameters()]
     layers = [*zip(parameters[::2], parameters[1::2], strict=True)]  # (weight, bias) of each
     by_hand = critic_by_hand(observation, layers, centralized=cfg.mappo)
@@ -798,12 +799,12 @@ with torch.no_grad():
 # %% [markdown]
 # With `mappo = True` (MAPPO):
 # ```
-# values in one environment: 0.1636 0.1636 0.1636
+# values in one environment: -0.1283 -0.1283 -0.1283
 # ```
 #
 # With `mappo = False` (IPPO):
 # ```
-# values in one environment: -0.0983 -0.0102 -0.0248
+# values in one environment: -0.0886 0.1146 -0.0525
 # ```
 #
 # Under MAPPO, the agents share the network and its input, so they have *the same value*. Under
@@ -813,11 +814,11 @@ with torch.no_grad():
 # action depends on what another agent observes. Sharing weights is a separate choice.
 #
 # ### What can each critic know?
-# Before you train for minutes, train for seconds. Give every agent one random number x_i. The
-# critic has to predict either the sum of all numbers, which stands for a shared reward, or the
-# agent's own number, which stands for an individual reward. Any two numbers have the correlation
-# `rho`. If it is 0, one number tells you nothing about the others, and if it is 0.9, nearly
-# everything. The next cell measures two things:
+# Before a run that takes minutes, try one that takes seconds. Give every agent one random number
+# x_i. The critic has to predict either the sum of all numbers, which stands for a shared reward, or
+# the agent's own number, which stands for an individual reward. Any two numbers have the
+# correlation `rho`. At 0, one number tells you nothing about the others. At 0.9, it tells you a
+# lot. The next cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
 # - the *slope*, which is how much V_i rises per unit of x_i when the other numbers stay the same
@@ -865,10 +866,10 @@ for own_target in (False, True):
 # ```
 #                              local critic (IPPO)     centralized (MAPPO)
 # target               rho      explained    slope      explained    slope
-# the sum              0.0           0.33     1.00           1.00     1.00
+# the sum              0.0           0.32     1.00           1.00     0.99
 # the sum              0.9           0.93     2.78           1.00     0.99
-# own number           0.0           1.00     1.00           0.32     0.33
-# own number           0.9           1.00     1.00           0.93     0.33
+# own number           0.0           1.00     1.00           0.33     0.33
+# own number           0.9           1.00     1.00           0.93     0.34
 # ```
 #
 # - *The sum, rho 0.* The local critic misses most of the variance, yet its slope is right, because
@@ -879,13 +880,15 @@ for own_target in (False, True):
 # - *Own number.* A shared centralized critic has one value for all agents, so the best it can do is
 #   predict their average, and its slope is a third of the true one.
 #
-# For three agents, a local critic's explained variance is (1 + 2 rho) / 3, and its slope is
-# 1 + 2 rho. So take this to Section 10: **the better a local critic predicts a shared return, the
-# more it misleads an agent about its own part in it.**
+# In theory, a local critic that predicts the sum for three agents has the slope 1 + 2 rho and
+# explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so take this to Section
+# 10: **the better a local critic predicts from correlation, the more it misleads an agent about its
+# own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a slope of
+# nearly three and for one of a third.
 #
-# There are things that a centralized critic does not do. It does not make the world stationary. It
-# does not assign credit either, because it sees no actions, so it says how well the team is doing
-# but not who is responsible. COMA (Foerster et al. 2018, arXiv:1705.08926) does that.
+# A centralized critic does not make the world stationary, and it does not assign credit. It sees no
+# actions, so it says how well the team is doing, but not who is responsible. COMA (Foerster et al.
+# 2018, arXiv:1705.08926) does assign credit.
 #
 # *Question 4. How many inputs does the critic have with 8 agents, under MAPPO and under IPPO?*
 #
@@ -915,6 +918,8 @@ replay_buffer = ReplayBuffer(
     batch_size=minibatch_frames,
 )
 
+env.set_seed(seed_for("first batch"))
+torch.manual_seed(seed_for("first batch"))
 first_batch = collector.next()
 print("batch:", tuple(first_batch.shape))
 print("rewards for three steps, one column per robot:")
@@ -925,13 +930,13 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ```
 # batch: (60, 100)
 # rewards for three steps, one column per robot:
-#    0.0015    0.0015    0.0015
-#   -0.0018   -0.0018   -0.0018
-#   -0.0041   -0.0041   -0.0041
+#   -0.0055   -0.0055   -0.0055
+#   -0.0174   -0.0174   -0.0174
+#   -0.0013   -0.0013   -0.0013
 # ```
 #
 # The three columns are equal, because progress is shared. They would differ in a step in which two
-# robots touch. A value that the robots share cannot tell who touched whom.
+# robots touch. A shared value cannot tell you who touched whom.
 #
 # Each row of a batch belongs to one environment. Later in training, a row may look like this:
 #
@@ -947,7 +952,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ---
 # ## 6. Advantages
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
-# 2016, arXiv:1506.02438) sums the critic's prediction errors from that step on:
+# 2016, arXiv:1506.02438) adds up the critic's prediction errors from that step on, with weights
+# that decrease by gamma lmbda per step:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -957,8 +963,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
 # ### By hand
-# The function goes through time from the last step back. The flags have no agent dimension, so they
-# get one of size 1, and every agent uses the same flags.
+# The function works backward from the last step. The flags have no agent dimension, so they get one
+# of size 1, and every agent uses the same flags.
 
 
 # %% id="gae_by_hand"
@@ -971,7 +977,7 @@ def gae_by_hand(reward, value, next_value, done, terminated, gamma, lmbda):
     done, terminated = done.float().unsqueeze(-2), terminated.float().unsqueeze(-2)
     delta = reward + gamma * (1 - terminated) * next_value - value
     advantage = torch.zeros_like(delta)
-    following = torch.zeros_like(delta[:, 0])  # the advantage of the step after
+    following = torch.zeros_like(delta[:, 0])  # the next step's advantage
     for step in reversed(range(delta.shape[1])):
         following = delta[:, step] + gamma * lmbda * (1 - done[:, step]) * following
         advantage[:, step] = following
@@ -980,7 +986,7 @@ def gae_by_hand(reward, value, next_value, done, terminated, gamma, lmbda):
 
 # %% [markdown]
 # ### With TorchRL
-# `MultiAgentGAE` does all this in one call, including the critic's. You only tell it the keys.
+# `MultiAgentGAE` does all of this, and also calls the critic. You only have to tell it the keys.
 
 # %% id="gae"
 estimate_advantages = MultiAgentGAE(
@@ -989,9 +995,9 @@ estimate_advantages = MultiAgentGAE(
 estimate_advantages.set_keys(reward=("agents", "reward"), value=("agents", "state_value"))
 
 # %% [markdown]
-# An untrained policy hardly ever succeeds. So that the check covers all cases, it pretends that the
-# episode in the first environment succeeded halfway through, and that the one in the last
-# environment ran out of time.
+# An untrained policy hardly ever succeeds. To cover all cases, the check pretends that the episode
+# in the first environment succeeded halfway through, and that the one in the last environment ran
+# out of time.
 
 # %% id="gae_check"
 checked = first_batch.clone()
@@ -1016,12 +1022,12 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # %% [markdown]
 # MAPPO:
 # ```
-# advantages of the first frame: 0.0348 0.0348 0.0348
+# advantages of the first frame: 0.0150 0.0150 0.0150
 # ```
 #
 # IPPO:
 # ```
-# advantages of the first frame: 0.0542 0.0521 0.0522
+# advantages of the first frame: 0.0244 0.0182 0.0234
 # ```
 #
 # Under MAPPO, all robots have the same value and nearly the same reward, and hence nearly the same
@@ -1030,23 +1036,25 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # robot does, so their effects average out.
 #
 # *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. Suppose
-# that a robot can go left or right, and that one of its values is too high by 1:
+# that a robot can go left or right, and that some of its values are too high by 1:
 #
-# | where the value is too high | changes A_i(left) by | A_i(right) by | effect on the policy |
+# | which values are too high | changes A_i(left) by | A_i(right) by | effect on this choice |
 # |---|---|---|---|
-# | before the robot moves (V_i) | -1 | -1 | none, on average |
-# | after it goes left (V_i'), for one step | gamma (1 - lmbda) = 0.10 | 0 | to the left |
-# | after it goes left, from then on | c = 0.91 | 0 | to the left, strongly |
+# | only the one before the robot moves | -1 | -1 | none, on average |
+# | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | to the left |
+# | all those after it goes left | c = 0.91 | 0 | to the left, strongly |
 #
 # A wrong baseline changes both actions alike, so it averages out. A wrong bootstrap value depends
-# on where the action led, so it stays. The next delta takes most of an error back if it lasts for
-# only one step, because V_i' is the baseline there. But a robot that has moved stays where it is,
-# and so does the error. Each later delta then takes back only (1 - gamma) of it. What remains is
+# on where the action led, so it does not. If only one value is wrong, the next delta takes most of
+# the error back, because the value is the baseline there. But a robot that has moved stays where it
+# is, and then the error lasts as well. Each later delta takes back only (1 - gamma) of it, weighted
+# by a power of gamma lmbda, and this remains:
 #
-#     c = gamma (1 - lmbda) / (1 - gamma lmbda)
+#     c = gamma - (1 - gamma) [gamma lmbda + (gamma lmbda)^2 + ...]
+#       = gamma (1 - lmbda) / (1 - gamma lmbda)
 #
-# With lmbda = 1, nothing remains, except where the data is cut off and the last V_i' stands for
-# everything after it. The price is noise. Remember c for Section 10.
+# With lmbda = 1, nothing remains except where the data is cut off, at the price of more noise.
+# Remember c for Section 10.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1154,8 +1162,8 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # %% [markdown]
 # MAPPO:
 # ```
-# loss_objective   0.12334
-# loss_critic      0.01003
+# loss_objective   0.12596
+# loss_critic      0.00154
 # loss_entropy    -0.00013
 # ```
 #
@@ -1175,7 +1183,7 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 #
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
 # second defines what is measured. Only the first episode of each environment counts, because a
-# later one has less time left in the batch, so slow successes would be missed. During training,
+# later one has less time left in the batch, which would undercount slow successes. During training,
 # actions are sampled. In a test, the policy acts deterministically and plays the same episodes each
 # time, and the best policy so far is kept.
 
@@ -1282,7 +1290,7 @@ run.finish()
 #
 # | metric | meaning | first | last |
 # |---|---|---|---|
-# | `episode_reward` | team's progress, less a robot's contacts | -0.87 to -0.25 | 2.79 to 3.10 |
+# | `episode_reward` | team progress minus contacts per robot | -0.87 to -0.25 | 2.79 to 3.10 |
 # | `success_rate` | fraction of successful episodes | 0.00 | 0.58 to 0.80 |
 # | `collisions` | steps in contact, per robot per episode | 0.17 to 0.81 | 0.00 to 0.10 |
 # | `loss_critic` | weighted value loss | 0.0043 to 0.0174 | 0.0011 to 0.0026 |
@@ -1314,7 +1322,7 @@ run.finish()
 # ---
 # ## 9. Evaluation
 # Here the untrained and the trained policy play the test episodes. If an earlier policy did better
-# than the last one, it is shown as well.
+# than the last one, it is included, too.
 
 # %% id="evaluation"
 policies = {"untrained": untrained_policy, "trained": policy}
@@ -1337,14 +1345,14 @@ for key in evaluation["trained"]:
 # collisions                                0.000       0.003
 # ```
 #
-# The best policy was chosen on these very episodes, so expect it to do slightly worse on others.
+# A best policy was chosen on these same episodes, so expect it to do slightly worse on others.
 #
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
 # ---
 # ## 10. Why one of them unlearns the task
-# Back to the question from the beginning. Look at what you guessed, then run both commands or, in a
-# notebook, change `mappo` and `n_iters`.
+# Back to the opening question. Check your guess by running both commands or, in a notebook, by
+# changing `mappo` and `n_iters`.
 #
 # ```
 # python train_mappo.py --n-iters 15
@@ -1358,17 +1366,17 @@ for key in evaluation["trained"]:
 # | MAPPO | @M5 | 0.95 | 0.98 | 0.99 | 0.92 | 0.96 |
 # | IPPO | @I5 | 0.87 | 0.05 | 0.00 | 0.70 | 0.01 |
 #
-# IPPO learns the task and then unlearns it. Its training reward falls as well, so it has not found
-# anything better. Something teaches it to do worse.
+# IPPO learns the task and then unlearns it. Its training reward falls as well, from @R10 to @R20 on
+# average, so it has not found anything better. Something is teaching it to get worse.
 #
 # ### Look at what your critic teaches
-# Imagine robot 1 at some point of the square while the others stay where they are. If it moves, it
-# earns its progress, and its value V_1 changes. Section 6 told you how much a lasting change of the
-# value counts, namely c times. So from each point, the advantage pushes the robot in the direction
-# in which progress plus c V_1 grows fastest. The next cell draws this direction for a grid of
-# points. Thin green arrows bring the robot closer to its goal, and thick red ones take it away.
+# Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
+# moves a little, it earns its progress, and its value V_1 changes. As Section 6 showed, a lasting
+# change in value is weighted by c. So at each point, the advantage favors the direction in which
+# progress plus c V_1 grows fastest. The next cell draws this direction at each point of a grid.
+# Thin green arrows lead toward the goal of robot 1, and thick red ones away from it.
 #
-# Where should an arrow point? Where do you expect red ones, if any?
+# Where do you expect red arrows, if any?
 
 
 # %% id="arrow_map"
@@ -1455,38 +1463,40 @@ if sees_own_goal:
 # ```
 #
 # Under MAPPO, all arrows lead to the goal, except for a few that steer around another robot. Under
-# IPPO, a ring of red arrows surrounds the goal, and it grows. The robots drive up to the ring and
-# stop there. The critic has turned the goal into a place to avoid.
+# IPPO, red arrows surround the goal, and their ring grows from one iteration to the next. Training
+# pushes the robots out of the ring. IPPO's critic has turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
-# All robots drive to their goals at the same time, and a local critic sees only one of them. When
-# that robot is near its goal, the others usually are as well, and then there is little left to earn
-# for *anybody*. These are the correlated numbers of Section 4. A low V_i near the goal is a good
-# prediction. As a judgment of one robot's move it is wrong, because when that robot moves, the
-# others do not get any closer.
+# All robots drive to their goals at the same time, and a local critic sees little more than its
+# own. When that robot is near its goal, the others usually are as well, and there is little left to
+# earn for *anybody*. Their distances are correlated like the numbers of Section 4. So a low value
+# near the goal is a good prediction, but it is the wrong way to judge one robot's move, because the
+# others get no closer when that robot moves.
 #
-# Take an extreme case without discounting. All three robots are always equally far from their
-# goals, at a distance d. The team has 3d left to earn, so a local critic learns that V_i = 3d. Now
-# one robot moves one unit closer, on its own:
+# Take an extreme case without discounting. All three robots have always been nearly equally far
+# from their goals, so at a distance d, the team has 3d left to earn, and a local critic has learned
+# that V_i = 3d. Now one robot moves one unit closer while the others wait:
 #
 # ```
-#                             reward     change of value     advantage
+#                             reward     change in value     advantage
 #     centralized critic        +1             -1                0
 #     local critic              +1             -3               -2
 # ```
 #
-# Every critic's value drops when a robot makes progress, because what has been earned is no longer
-# left to earn. The local critic's drops by *more than the robot has earned*.
+# The value of a centralized critic drops by what the robot has just earned. The value of a local
+# critic drops by *more than that*.
 #
-# And how does MAPPO learn from an advantage of 0? Only because of discounting. If the robot did not
-# move now, it would earn its unit at the end of the drive, T steps later. So the unit is worth only
-# gamma^T in the value, the value drops by less than 1, and progress is a gain.
+# Then how does MAPPO learn from an advantage of 0? It does so because its values drop by less than
+# 1. With discounting, a unit that would otherwise be earned T steps later counts only gamma^T in
+# the value. And a policy that still fails in some episodes might never earn it.
 #
-# The *slope* s is how much V_i drops per unit of progress when only robot i moves. The advantage of
-# that progress is 1 - c s. It is negative for s > 1.1 if the slope is the same everywhere. If it
-# grows toward the goal as gamma^T does, the limit is nearly 1. The next cell measures the slope of
-# your critic on a new batch. It moves one robot in the critic's input and leaves its velocity and
-# lidar readings as they were, so the critic judges situations slightly off those it has seen.
+# The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
+# waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
+# slope is above 1.1**. That holds where the slope is the same everywhere. If it grows toward the
+# goal as gamma^T does, the threshold is lower, but still above 1. The next cell measures the slope
+# of your critic on a new batch. It moves one robot in the critic's input and leaves its velocity
+# and lidar readings as they were, so the critic judges situations slightly different from any it
+# has seen.
 
 
 # %% id="slope"
@@ -1529,39 +1539,39 @@ if sees_own_goal:
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
-# Section 4 predicts the slope for all four combinations of critic and reward. Here are the
-# predictions, without discounting, beside what was measured over ten seeds.
+# Section 4 has a slope for every combination of critic and reward. Here they are alongside the
+# measurements, means over ten seeds.
 #
-# | critic | reward | predicted slope | after 10 iterations | after 20 | advantage after 20 | success after 20 |
+# | critic | reward | Section 4 | after 10 iterations | 20 | 1 - c s after 20 | success after 20 |
 # |---|---|---|---|---|---|---|
-# | local | shared | @LSP | @LS10 | @LS20 | @LSA | @LSS |
+# | local | shared | 1 + 2 rho = @LSP | @LS10 | @LS20 | @LSA | @LSS |
 # | local | individual | 1 | @LI10 | @LI20 | @LIA | @LIS |
 # | centralized | shared | 1 | @CS10 | @CS20 | @CSA | @CSS |
 # | centralized | individual | 1/3 | @CI10 | @CI20 | @CIA | @CIS |
 #
-# Only the first row goes wrong. @ROWS
+# Here rho is the correlation of the robots' distances to their goals. @ROWS
 #
-# Does the explained variance warn you? On the contrary. IPPO's rises while its policy falls apart,
-# from @EV10 to @EV20. The better the local critic predicts, the more it misleads.
+# Explained variance does not warn you. IPPO's rises from @EV10 to @EV20 while its policy falls
+# apart.
 #
 # ### What the textbook says
-# The observation o_i' is not a Markov state. What the team earns after it depends on where the
-# others are. Given o_i and a_i, you know that they are about where they were. V_i' is computed from
-# o_i' alone and forgets this, so bootstrapping from it is biased. Lyu et al. (2021,
-# arXiv:2102.04402) prove that both kinds of critic give the same gradient on average. Their local
-# critic sees the whole *history* of its agent, which contains the step that it has just made. Ours
-# sees one observation.
+# The observation o_i' is not a Markov state. How much the team will still earn depends on where the
+# others are. You know more about that from o_i, a_i and o_i' together, because a robot that has
+# moved by itself has not moved the others, than from o_i' alone. But V_i' is computed from o_i'
+# alone, so bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both
+# kinds of critic give the same gradient in expectation. Their local critic is exact and sees its
+# agent's whole *history*, which contains the step that it has just made. Ours sees one observation.
 #
 # ### Is it the correlation?
-# If it is, then IPPO should recover when you break the correlation, although everything else stays
-# the same, and should unlearn sooner when you strengthen it.
+# If it is, IPPO should keep what it has learned when you break the correlation and change nothing
+# else, and should unlearn it sooner when you strengthen the correlation.
 #
 # @REMEDIES
 #
-# Is this file to blame? TorchRL's own tutorial has the same hyperparameters, but keeps PyTorch's
-# initialization, does not normalize advantages, weights the value loss twice as heavily and counts
-# the time limit as a termination. It stops after 5 iterations. If you let it run longer, its IPPO
-# unlearns the task as well. This is its training reward, averaged over ten seeds:
+# Could it be a bug in this file? TorchRL's own tutorial has the same hyperparameters, but keeps
+# PyTorch's initialization, does not normalize advantages, weights the value loss twice as heavily
+# and counts the time limit as a termination. It stops after 5 iterations. If you let it run longer,
+# its IPPO unlearns the task as well. This is its training reward, averaged over ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
@@ -1570,10 +1580,11 @@ if sees_own_goal:
 #
 # ### When does a centralized critic pay off?
 # It pays off when what an agent cannot observe is *correlated* with what it observes, makes up much
-# of its return, and lies within the horizon. If one of the three is missing, a local critic does as
-# well. In *reverse_transport*, for example, each robot sees the package that the team is rewarded
-# for moving, so nothing that matters is hidden, and both algorithms solve it on all ten seeds. A
-# few scenarios do not make a rule.
+# of its return, and lies within the horizon, which is about 1 / (1 - gamma) steps. If any one of
+# these is missing, a local critic need not mislead, although its predictions are less precise. In
+# *reverse_transport*, for example, each robot sees the package that the team is rewarded for
+# moving, so nothing that matters is hidden, and both algorithms solve it on all ten seeds. But a
+# few scenarios don't prove a rule.
 #
 # The papers find IPPO competitive on many tasks. Before you compare your numbers with theirs, note
 # what differs:
@@ -1593,7 +1604,7 @@ if sees_own_goal:
 # ---
 # ## 11. Files and pictures
 # A run leaves its policies, its evaluation, its learning curves and a video of one test episode in
-# its folder. These cells teach you nothing about the method.
+# its folder. These cells have nothing to do with the method.
 
 # %% id="files"
 saved_policy = {"network": policy_options, **action_bounds}
@@ -1610,10 +1621,10 @@ import csv
 
 
 def comparable_runs():
-    """Return {folder: (algorithm, rows)} of this run, and of the runs beside it that are like it.
+    """Return {folder: (algorithm, rows)} of this run and of comparable runs beside it.
 
-    Like it are those that differ at most in the algorithm, the seed, and the settings that do not
-    change what is learned.
+    A run is comparable if it differs only in the algorithm, the seed and settings that do not
+    affect learning.
     """
     mine, runs = folder.resolve(), {}
     differ = {"mappo", "seed", *BOOKKEEPING} - ({"n_iters"} if cfg.anneal_lr else set())
@@ -1686,8 +1697,8 @@ else:
 # ---
 # ## Answers
 # 1. `6000 / 400 * 30 = 450`. An epoch has 15 minibatches, and there are 30 epochs.
-# 2. Its target would be that step's reward alone. It could not know when to expect this, because
-#    the observations do not include the time step. So it would undervalue states in which episodes
+# 2. Its target would be that step's reward alone. The critic could not see this coming, because the
+#    observations do not include the time step. So it would undervalue states in which episodes
 #    often run out of time.
 # 3. `18*256 + 256 + 256*256 + 256 + 256*4 + 4 = 71684`, and three times as many without sharing.
 # 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, for any team size.

@@ -48,3 +48,8 @@ def make_env(num_envs, seed):
     simulator = SerialEnv(num_envs, make_one)
     simulator.set_seed(seed)
     return simulator.append_transform(StepCounter(cfg.max_steps))
+
+
+# %% after="measures"
+# The first rollout of Section 2 took random actions.
+print(f"episode_reward with random actions: {measure(rollout)['episode_reward']:.1f}")

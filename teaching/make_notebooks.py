@@ -1,15 +1,19 @@
-"""Make the notebooks of this folder.
+"""Make the notebooks of the class kit.
 
-    python teaching/make_notebooks.py [lesson] [exercises] [solutions]
+    python teaching/make_notebooks.py [NAME ...]
 
-- lesson.ipynb: train_mappo.py, executed with its defaults on a CPU with one thread
-- exercises.ipynb: solutions.py with its solutions replaced by blanks
-- solutions.ipynb: solutions.py, executed
+| name | made from | what is done |
+|---|---|---|
+| student/lesson.ipynb | train_mappo.py | no outputs, and nothing of Section 10 that gives it away |
+| student/exercises.ipynb | teacher/solutions.py | each solution replaced by a blank |
+| student/colab.ipynb | the same | likewise, after a cell that installs everything |
+| teacher/lesson.ipynb | train_mappo.py | executed with its defaults on one CPU thread |
+| teacher/solutions.ipynb | teacher/solutions.py | executed |
 
-Without names it makes all three, in a few minutes. In solutions.py, a comment "# solution: BLANK"
-begins a solution, and stands for the BLANK that a student finds there instead. The solution ends at
-the next such comment or at "# end of solution". With RUN_LONG=1 in the environment, solutions.ipynb
-trains where an exercise does, which takes some minutes more.
+Without names it makes all of them, in a few minutes. "student" and "teacher" stand for all of that
+folder. In solutions.py, a comment "# solution: BLANK" begins a solution, and BLANK is what a student
+finds in its place. The solution ends at the next such comment or at "# end of solution". Cells whose
+id begins with "solution_" are the teacher's explanations, and students do not get them.
 """
 
 import os
@@ -24,11 +28,142 @@ from nbclient import NotebookClient
 
 TEACHING = Path(__file__).resolve().parent
 LESSON = TEACHING.parent / "train_mappo.py"
-SOLUTIONS = TEACHING / "solutions.py"
+SOLUTIONS = TEACHING / "teacher" / "solutions.py"
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+PACKAGES = ("torch", "torchrl", "tensordict", "vmas", "tqdm", "matplotlib", "pillow")
+QUOTED = "<details>\n<summary>Run the cell above first. Then open this.</summary>\n\n"
+SECTION_10 = """\
+---
+## 10. Why one of them unlearns the task
+Look at your prediction sheet. When everybody has written down a prediction, do the exercise
+"Predict, then look". Your teacher then goes through this section with you. The next two cells show
+what the critic that you have trained here teaches each robot."""
+SECTION_10_END = """\
+Compare your picture with that of someone who has trained the other algorithm. You find the rest of
+this section in `train_mappo.py`. Read it after the class."""
+
+
+def read(text):
+    """Return a script in percent format as a notebook, its cells with lasting ids."""
+    notebook = jupytext.reads(text, fmt="py:percent")
+    notebook.metadata = nbformat.from_dict(METADATA)
+    for number, cell in enumerate(notebook.cells):
+        own = cell.metadata.pop("id", None)
+        first = cell.cell_type == "code" and number == 0
+        cell.id = own or ("imports" if first else f"cell-{number}")
+    return notebook
+
+
+def pins():
+    """Return the packages that the lesson needs, each with its version."""
+    lines = (TEACHING.parent / "requirements.txt").read_text("utf-8").split()
+    return [line for line in lines if line.split("==")[0] in PACKAGES]
+
+
+def setup_check(needed):
+    """Return the source of a cell that says what is missing to run a notebook."""
+    return f'''\
+# Set-up check: run this cell first. It says what is missing and how to install it.
+import importlib.metadata
+import sys
+
+needed = {needed!r}
+found = {{one.metadata["Name"].lower() for one in importlib.metadata.distributions()}}
+missing = [pin for pin in needed.split() if pin.split("==")[0] not in found]
+if sys.version_info < (3, 10):
+    print("Python", sys.version.split()[0], "is too old. You need 3.10 or later.")
+elif missing:
+    print("Something is missing. Run this line in a new cell, then restart the kernel:")
+    print("%pip install", *missing)
+else:
+    print("Everything is installed.")'''
+
+
+def first_cell(source):
+    """Return a cell of code for the top of a notebook."""
+    cell = nbformat.v4.new_code_cell(source)
+    cell.id = "set-up"
+    return cell
+
+
+def make_student_lesson():
+    """Return the lesson as a class gets it: no outputs, none of Section 10's answers."""
+    notebook = read(LESSON.read_text("utf-8"))
+    cells, section, above = [], "", ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            kept = []
+            for part in re.split(r"^(?:---\n)?(?=## )", cell.source, flags=re.MULTILINE):
+                heading = re.match(r"## (.*)", part)
+                if heading and section.startswith("10."):
+                    kept.append(SECTION_10_END)
+                section = heading[1] if heading else section
+                if section.startswith("10."):
+                    kept += [SECTION_10] if heading else []
+                elif heading:
+                    kept.append(f"---\n{part.strip()}")
+                else:
+                    hide = above not in ("", "imports")
+                    kept.append(with_hidden_outputs(part) if hide else part.strip())
+            cell.source = "\n\n".join(part for part in kept if part)
+        above = cell.id if cell.cell_type == "code" else ""
+        cells += [cell] if cell.source else []
+    notebook.cells = [first_cell(setup_check(" ".join(pins()))), *cells]
+    return notebook
+
+
+def with_hidden_outputs(source):
+    """Return a text with what it says about the cell above hidden, if it quotes an output."""
+    about, rest = re.match(r"(.*?)(^### .*|\Z)", source, re.DOTALL | re.MULTILINE).groups()
+    question = re.search(r"^\*Question \d.*", about, re.DOTALL | re.MULTILINE)
+    asked = question[0] if question else ""
+    about = about.removesuffix(asked).strip()
+    hidden = f"{QUOTED}{about}\n\n</details>" if "```" in about else about
+    return "\n\n".join(part.strip() for part in (hidden, asked, rest) if part.strip())
+
+
+def make_exercises():
+    """Return the exercises with blanks."""
+    notebook = read(with_blanks(SOLUTIONS.read_text("utf-8")))
+    notebook.cells = [cell for cell in notebook.cells if not cell.id.startswith("solution_")]
+    notebook.cells.insert(0, first_cell(setup_check(" ".join([*pins(), "ipykernel"]))))
+    return notebook
+
+
+def make_colab():
+    """Return the exercises for an empty machine, such as Colab's."""
+    notebook = make_exercises()
+    notebook.cells[0] = first_cell(COLAB)
+    note = nbformat.v4.new_markdown_cell(COLAB_NOTE)
+    note.id = "colab"
+    notebook.cells.insert(0, note)
+    return notebook
+
+
+COLAB_NOTE = """\
+# On Colab, or on any empty machine
+This notebook needs nothing but itself. Write the project's address into the next cell and run it.
+It gets the project, installs the packages, and goes to the folder of the exercises."""
+COLAB = '''\
+CLONE = "https://github.com/OWNER/REPOSITORY"  # the project's address, for git clone
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+project = Path("mappo-class").resolve()
+if "OWNER/" in CLONE:
+    raise SystemExit("Write the address of the project into the first line of this cell.")
+if not project.exists():
+    subprocess.run(["git", "clone", "--depth", "1", CLONE, str(project)], check=True)
+pip = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
+subprocess.run([*pip, str(project / "teaching" / "requirements-colab.txt")], check=True)
+os.chdir(project / "teaching" / "student")
+print("Ready. The lesson is lesson.ipynb in", os.getcwd())'''
 
 
 def with_blanks(text):
@@ -46,13 +181,22 @@ def with_blanks(text):
     return "\n".join(lines) + "\n"
 
 
-def read(text):
-    """Return a script in percent format as a notebook, always with the same cell ids."""
-    notebook = jupytext.reads(text, fmt="py:percent")
-    notebook.metadata = nbformat.from_dict(METADATA)
-    for number, cell in enumerate(notebook.cells):
-        cell.id = f"cell-{number}"
-    return notebook
+def without_marks(text):
+    """Return the text of solutions.py without the comments that mark its solutions."""
+    lines = text.splitlines()
+    marks = re.compile(r" *# (solution: .*|end of solution)$")
+    return "\n".join(line for line in lines if not marks.match(line)) + "\n"
+
+
+def make_teacher_lesson():
+    """Return the lesson, executed; its cells are those of train_mappo.py."""
+    with tempfile.TemporaryDirectory() as folder:
+        return execute(read(LESSON.read_text("utf-8")), folder)
+
+
+def make_solutions():
+    """Return the solutions, executed."""
+    return execute(read(without_marks(SOLUTIONS.read_text("utf-8"))), SOLUTIONS.parent)
 
 
 def execute(notebook, folder):
@@ -77,38 +221,22 @@ def without_places(text, folder):
     return text.replace(f"{folder}/", "").replace(f"{TEACHING.parent}/", "")
 
 
-def make_lesson():
-    """Return the lesson, executed; its cells are those of train_mappo.py."""
-    with tempfile.TemporaryDirectory() as folder:
-        return execute(read(LESSON.read_text("utf-8")), folder)
-
-
-def make_exercises():
-    """Return the exercises."""
-    return read(with_blanks(SOLUTIONS.read_text("utf-8")))
-
-
-def make_solutions():
-    """Return the solutions, executed."""
-    lines = SOLUTIONS.read_text("utf-8").splitlines()
-    kept = [one for one in lines if not one.strip().startswith("# solution: ")]
-    kept = [one for one in kept if one.strip() != "# end of solution"]
-    text = "\n".join(kept) + "\n"
-    if os.environ.get("RUN_LONG") == "1":
-        text = text.replace("TRAIN = False", "TRAIN = True")
-    return execute(read(text), TEACHING)
-
-
-MAKERS = {"lesson": make_lesson, "exercises": make_exercises, "solutions": make_solutions}
+MAKERS = {
+    "student/lesson.ipynb": make_student_lesson,
+    "student/exercises.ipynb": make_exercises,
+    "student/colab.ipynb": make_colab,
+    "teacher/lesson.ipynb": make_teacher_lesson,
+    "teacher/solutions.ipynb": make_solutions,
+}
 
 if __name__ == "__main__":
-    names = sys.argv[1:] or list(MAKERS)
-    unknown = [name for name in names if name not in MAKERS]
+    names = [name for word in sys.argv[1:] for name in MAKERS if name.startswith(word)]
+    unknown = [word for word in sys.argv[1:] if not any(name.startswith(word) for name in MAKERS)]
     if unknown:
         sys.exit(f"no notebook {', '.join(unknown)}; there are {', '.join(MAKERS)}")
-    for name in names:
+    for name in names or MAKERS:
         notebook = MAKERS[name]()
         nbformat.validate(notebook)
-        path = TEACHING / f"{name}.ipynb"
+        path = TEACHING / name
         nbformat.write(notebook, path)
-        print(f"{path.name}: {len(notebook.cells)} cells, {path.stat().st_size / 1e6:.2f} MB")
+        print(f"{name}: {len(notebook.cells)} cells, {path.stat().st_size / 1e6:.2f} MB")

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -74,13 +75,14 @@ def run_cells(sources, space=None):
 
 def run_inside(*words, path=SCRIPT):
     """Run the file in this process, command line and all, and return its global names."""
-    before = sys.argv, sys.excepthook
+    before, pipe = (sys.argv, sys.excepthook), signal.getsignal(signal.SIGPIPE)
     sys.argv = [str(path), *map(str, words)]
     try:
         with warnings.catch_warnings():
             return runpy.run_path(str(path), run_name="__main__")
     finally:
         sys.argv, sys.excepthook = before
+        signal.signal(signal.SIGPIPE, pipe)
 
 
 def start(*words, program=(SCRIPT,), **how):

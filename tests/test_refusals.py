@@ -1,76 +1,66 @@
 """Bad input is refused before anything is trained: status 2, one clear sentence, nothing made.
 
-The many refusals share one process, because importing torch takes longer than a refusal; a few are
-made again in processes of their own.
+Most are refused in this process, because importing torch takes longer than a refusal.
 """
 
-import copy
-import json
+import contextlib
+import io
 import os
 import pickle
-import shlex
 import shutil
-import warnings
-import zipfile
-from contextlib import suppress
+import sys
 
 import pytest
 import torch
-from torchrl.checkpoint import Checkpoint, CheckpointRotation
 from torchrl.envs import VmasEnv
 
-from cells import cell_that_defines, read_cells, run_cells, without
-from conftest import (
-    CPU,
-    PROGRAMS,
-    TINY,
-    State,
-    contents,
-    finish,
-    load,
-    options,
-    run_inside,
-    start,
-)
+from cells import SCRIPT, SLOW, finish, read_cells, run_cells, run_inside, sources, start
+from cells import write_copy as copy
+from conftest import TINY, contents, load, options
 
-VALUES: dict = {}
-exec("import torch\n" + cell_that_defines("mappo"), VALUES)
-NUMBERS = [name for name, value in VALUES.items() if type(value) in (int, float)]
+CONFIG = run_cells([read_cells()["imports"], read_cells()["config"]])["cfg"]
+NUMBERS = [n for n in CONFIG.__slots__ if type(getattr(CONFIG, n)) in (int, float)]
 MAY_BE_ZERO = {"seed", "evaluation_seed", "gamma", "lmbda", "entropy_eps"}
-GOOD = "{folder}/good"
-BAD_OPTIONS = {  # words of the command line: what the sentence must hold
+BAD_VALUES = {  # words of the command line: what the sentence must hold
     **{
-        (f"--{name.replace('_', '-')}", text): (name, text)
+        (f"--{name.replace('_', '-')}", text): (text,)
         for name in NUMBERS
         for text in ["-1", "nan", "inf", "text", *([] if name in MAY_BE_ZERO else ["0"])]
     },
     ("--n-iters", "1.5"): ("n_iters is 1.5", "whole number"),
-    ("--n-iters", "true"): ("--n-iters", "true"),
+    ("--n-iters", "true"): ("n_iters is True", "whole number"),
+    ("--lr", "true"): ("lr is True", "a number"),
     ("--num-cells", "1000000000000"): ("num_cells is 1000000000000", "billion"),
     ("--seed", str(2**64)): (f"seed is {2**64}", "2**32"),
     ("--gamma", "1.01"): ("gamma is 1.01", "from 0 to 1"),
     ("--clip-epsilon", "1.0"): ("clip_epsilon is 1.0", "between 0 and 1"),
     ("--minibatch-size", "1"): ("minibatch_size is 1",),
     ("--minibatch-size", "70"): ("minibatch_size is 70", "600"),
-    ("--frames-per-batch", "610"): ("frames_per_batch is 610", "max_steps, 20"),
+    ("--frames-per-batch", "610"): ("frames_per_batch is 610", "max_steps", "20"),
     ("--logger", "tensorbord"): ("logger is 'tensorbord'", "tensorboard", "wandb"),
-    ("--logger", "mlflow"): ("logger is 'mlflow'", "pip install mlflow"),
+    ("--logger", "mlflow"): ("logger is 'mlflow'", "pip install mlflow omegaconf"),
     ("--scenario-name", "navigatoin"): ("scenario_name is 'navigatoin'", *VmasEnv.available_envs),
+    ("--scenario-name", ""): ("scenario_name is ''", "navigation"),
+    ("--scenario-name", "{folder}/evil.py"): ("scenario_name is '{folder}/evil.py'", "navigation"),
     ("--scenario-name", "simple_tag"): ("scenario_name is 'simple_tag'", "single team", "agent_0"),
     ("--scenario-name", "diff_drive"): ("scenario_name is 'diff_drive'", "single team"),
-    **{("--n-agents", str(n)): (f"n_agents is {n}", "fewer") for n in (24,)},
+    ("--scenario-name", "balance", "--n-agents", "1"): ("n_agents = 1", "Should have more"),
     ("--scenario-name", "give_way", "--n-agents", "5"): ("n_agents is 5", "must be 2"),
-    ("--scenario-options", "[1]"): ("scenario_options is [1]", "a dictionary"),
+    ("--n-agents", "24"): ("n_agents = 24", "spawn"),
+    ("--scenario-options", "[1]"): ("scenario_options is [1]", "dict"),
     ("--scenario-options", '{"lidar_range": NaN}'): ("scenario_options", "nan"),
     ("--scenario-options", "{shared_rew: false}"): ("--scenario-options", "JSON"),
-    ("--scenario-options", '{"shared": false}'): ("{'shared': False}", "not used by the scenario"),
+    ("--scenario-options", '{"shared": false}'): ("{'shared': False}", "not used by"),
     ("--scenario-options", '{"n_agents": 5}'): ("scenario_options", "n_agents"),
     ("--scenario-options", '{"num_envs": 5}'): ("scenario_options", "num_envs"),
+    ("--scenario-options", '{"terminated_truncated": true}'): ("terminated_truncated",),
     ("--device", "nonsense"): ("device is 'nonsense'", "cpu"),
     ("--device", "cuda:99"): ("device is 'cuda:99'", "cpu", "GPUs found: "),
-    ("--run-folder", "{folder}/file"): ("run_folder is '{folder}/file'",),
+    ("--run-folder", "{folder}/file"): ("run_folder is '{folder}/file'", "a folder"),
     ("--run-folder", "{folder}/file/below"): ("run_folder is '{folder}/file/below'",),
+    ("--run-folder", "{folder}/link"): ("run_folder is '{folder}/link'",),
     ("--run-folder", "{folder}/other"): ("run_folder is '{folder}/other'", "diary.txt"),
+    ("--run-folder", "{folder}/old"): ("run_folder is '{folder}/old'", "checkpoint-000000000002"),
     ("--run-folder", "/proc/nowhere"): ("run_folder is '/proc/nowhere'", "writable"),
     ("--n-itres", "3"): ("--n-itres 3",),
     ("--n-iter", "3"): ("--n-iter 3",),
@@ -79,65 +69,14 @@ BAD_OPTIONS = {  # words of the command line: what the sentence must hold
     ("--lr",): ("--lr",),
     ("runs/mappo",): ("runs/mappo",),
 }
-CONFLICTS = {
-    ("--run-folder", GOOD, "--lr", "0.1"): ("lr is 0.1", "0.0003"),
-    ("--run-folder", GOOD, "--seed", "5"): ("seed is 5", "must be 0"),
-    ("--run-folder", GOOD, "--no-mappo"): ("mappo is False", "must be True"),
-    ("--run-folder", GOOD, "--num-cells", "64"): ("num_cells is 64", "32"),
-    ("--run-folder", GOOD, "--n-iters", "1"): ("n_iters is 1", "at least 2"),
-    ("--run-folder", GOOD, "--scenario-options", '{"collisions": true}'): (
-        "scenario_options",
-        "{{}}",
-    ),
+CONFLICTS = {  # what is given and differs from the run in the folder "good"
+    ("--lr", "0.1"): ("lr is 0.1", "0.0003"),
+    ("--seed", "5"): ("seed is 5", "must be 0"),
+    ("--no-mappo",): ("mappo is False", "must be True"),
+    ("--num-cells", "64"): ("num_cells is 64", "32"),
+    ("--n-iters", "1"): ("n_iters is 1", "at least 2"),
+    ("--scenario-options", '{"lidar_range": 0.2}'): ("scenario_options", "{}"),
 }
-
-
-def shorten(tensors):
-    name = next(iter(tensors))
-    tensors[name] = tensors[name][:-1]
-
-
-# What to do to the hyperparameters and the components of a good run so that it must be refused.
-STRANGERS = {
-    "policy of another shape": lambda record, parts: shorten(parts["policy"]),
-    "optimizer of another network": lambda record, parts: parts["optimizer"].update(
-        param_groups=[]
-    ),
-    "policy missing": lambda record, parts: parts.pop("policy"),
-    "weights unknown": lambda record, parts: parts["policy"].update(unknown=torch.zeros(3)),
-    "history missing": lambda record, parts: parts.pop("history"),
-    "history text": lambda record, parts: parts.update(history="text"),
-    "history of text": lambda record, parts: parts.update(history=["text"]),
-    "iteration missing": lambda record, parts: parts["history"].pop(0),
-    "world size missing": lambda record, parts: record.pop("world_size"),
-    "record empty": lambda record, parts: record.clear(),
-}
-CHANGED = {  # values that are refused under their own names, as if they had been given
-    "number as text": (lambda record: record.update(depth="2"), "depth is '2'", "whole number"),
-    "list for a flag": (lambda record: record.update(mappo=[]), "mappo is []", "True or False"),
-    "another network": (lambda record: record.update(num_cells=16), "num_cells is 32", "16"),
-}
-DAMAGED = {  # what is done to the bytes of the checkpoints, or of the record
-    "truncated": ("checkpoint-*", lambda whole: whole[: len(whole) // 2]),
-    "emptied": ("checkpoint-*", lambda whole: b""),
-    "bits flipped": ("checkpoint-*", lambda whole: whole.replace(b"iteration", b"iteratiom")),
-    "text": ("checkpoint-*", lambda whole: b"text\n"),
-    "record truncated": ("hyperparameters.json", lambda whole: whole[: len(whole) // 2]),
-    "record of a list": ("hyperparameters.json", lambda whole: b"[1, 2]"),
-    "record of bytes": ("hyperparameters.json", lambda whole: b"\xff\x00"),
-}
-TRAPS = ["other.pickle", "state.pt", "state.tdc", "data.pkl"]  # files that can run code when loaded
-NAMED = ["of the former version", "without a record"]
-BAD_FOLDERS = {
-    ("--run-folder", "{folder}/" + name): ("run_folder is '{folder}/" + name + "'",)
-    for name in [*STRANGERS, *DAMAGED, *[f"trap in {name}" for name in TRAPS], *NAMED]
-} | {("--run-folder", "{folder}/" + name): tuple(CHANGED[name][1:]) for name in CHANGED}
-LATE = {  # found when the networks are loaded, after some sections have printed their results
-    ("--run-folder", "{folder}/" + name)
-    for name in STRANGERS
-    if any(word in name for word in ("policy", "critic", "optimizer", "weights"))
-}
-REFUSALS = BAD_OPTIONS | CONFLICTS | BAD_FOLDERS
 
 
 class Trap:
@@ -147,166 +86,181 @@ class Trap:
         self.victim = victim
 
     def __reduce__(self):
-        return os.system, (f"touch {shlex.quote(str(self.victim))}",)
+        return os.mknod, (str(self.victim),)
 
 
-def save_parts(place, record, parts):
-    """Write a run's folder from its hyperparameters and the components of its checkpoint."""
-    place.mkdir()
-    (place / "hyperparameters.json").write_text(json.dumps(record))
-    (place / "metrics.csv").write_text("")
-    history = {"history": parts.pop("history")} if "history" in parts else {}
-    states = {name: State(state) for name, state in parts.items()}
-    Checkpoint(format="archive", **history, **states).save(
-        place / "checkpoint-000000000002.torchrl"
-    )
-
-
-def set_a_trap(place, name, victim):
-    """Add a file to the policy's part of each checkpoint that runs code when it is loaded.
-
-    Where the name is that of a payload which TorchRL prefers, it would be loaded as the policy.
-    """
-    for path in place.glob("checkpoint-*"):
-        with zipfile.ZipFile(path) as archive:
-            files = {member: archive.read(member) for member in archive.namelist()}
-        [schema] = [member for member in files if member.endswith("-policy/state.json")]
-        part = schema.removesuffix("state.json")
-        inside = part + ("state/" if name == "other.pickle" else "") + name
-        files[inside] = pickle.dumps(Trap(victim))
-        if name == "other.pickle":  # tensordict reads this beside a tensor class
-            meta = json.loads(files[part + "state/meta.json"])
-            meta["_type"] = "<class 'tensordict.tensorclass.NonTensorData'>"
-            files[part + "state/meta.json"] = json.dumps(meta).encode()
-        manifest = json.loads(files["manifest.json"])
-        manifest["components"]["policy"]["files"].append(inside.removeprefix(part))
-        files["manifest.json"] = json.dumps(manifest).encode()
-        with zipfile.ZipFile(path, "w") as archive:
-            for member, content in files.items():
-                archive.writestr(member, content)
-
-
-def in_full(words, folder):
-    """The words of a command line in which only the words under test can be wrong."""
-    words = [word.replace("{folder}", str(folder)) for word in words]
-    if "--run-folder" in words:
-        return [*(options() if "/good" not in words[1] else CPU), *words]
-    return [*options(n_iters=1, run_folder=folder / "new"), *words]
+# What to do to what the checkpoint holds so that it must be refused, and what the sentence says.
+STRANGERS = {
+    "policy of another shape": lambda x, _: x["policy"].popitem(),
+    "weights unknown": lambda x, _: x["critic"].update(unknown=torch.zeros(3)),
+    "optimizer of another network": lambda x, _: x["optimizer"].update(param_groups=[]),
+    **{f"no {name}": lambda x, _, n=name: x.pop(n) for name in ("config", "policy", "optimizer")},
+    "no best_policy": lambda x, _: x.pop("best_policy"),
+    "no history": lambda x, _: x.pop("history"),
+    "history of text": lambda x, _: x.update(history=["text"]),
+    "an iteration is missing": lambda x, _: x["history"].pop(0),
+    "no world_size": lambda x, _: x.pop("world_size"),
+    "config is a list": lambda x, _: x.update(config=[1]),
+    "a trap": lambda x, folder: x.update(more=Trap(folder / "victim")),
+}
+CHANGED = {  # values that are refused under their own names, as if they had been given
+    "text for a number": ({"depth": "2"}, ("depth is '2'", "whole number")),
+    "list for a flag": ({"mappo": []}, ("mappo is []", "bool")),
+    "a program": ({"scenario_name": "{folder}/evil.py"}, ("{folder}/evil.py", "navigation")),
+}
+DAMAGED = {  # what is done to the bytes of the checkpoint
+    "truncated": lambda whole: whole[: len(whole) // 2],
+    "emptied": lambda whole: b"",
+    "text": lambda whole: b"text\n",
+    "pickled": lambda whole: pickle.dumps({"config": {}}),
+}
+FOLDERS = {
+    **{name: ("'{folder}/" + name + "'",) for name in [*STRANGERS, *DAMAGED]},
+    **{name: words for name, (_, words) in CHANGED.items()},
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, lean):
     """Make a folder that holds one good run and all the bad ones."""
     folder = tmp_path_factory.mktemp("refusals")
-    good = folder / "good"
-    run_inside(*options(run_folder=good), path=lean)
-    record = json.loads((good / "hyperparameters.json").read_text())
+    run_inside(*options(run_folder=folder / "good"), path=lean)
     (folder / "file").write_text("not a folder")
-    (folder / "other").mkdir()
-    (folder / "other" / "diary.txt").write_text("Dear diary")
-    for name, change in STRANGERS.items():
-        strange, parts = copy.deepcopy(record), load(good)
-        change(strange, parts)
-        save_parts(folder / name, strange, parts)
-    for name, (change, *_) in CHANGED.items():
-        strange = copy.deepcopy(record)
-        change(strange)
-        save_parts(folder / name, strange, load(good))
-    for name, (files, damage) in DAMAGED.items():
-        shutil.copytree(good, folder / name)
-        for path in (folder / name).glob(files):
-            path.write_bytes(damage(path.read_bytes()))
-    for name in TRAPS:
-        shutil.copytree(good, folder / f"trap in {name}")
-        set_a_trap(folder / f"trap in {name}", name, folder / f"made by {name}")
-    shutil.copytree(good, folder / "without a record")
-    (folder / "without a record" / "hyperparameters.json").unlink()
-    shutil.copytree(good, folder / "of the former version")
-    for path in (folder / "of the former version").glob("checkpoint-*"):
-        path.rename(path.with_name("checkpoint.pt"))
+    (folder / "link").symlink_to(folder / "file" / "nowhere")
+    (folder / "evil.py").write_text("import os\nos.mknod('victim')\n")
+    for name, file in (("other", "diary.txt"), ("old", "checkpoint-000000000002.torchrl")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("Dear diary")
+    for name in [*STRANGERS, *CHANGED, *DAMAGED]:
+        shutil.copytree(folder / "good", folder / name)
+        path, saved = folder / name / "checkpoint.pt", load(folder / "good")
+        if name in DAMAGED:
+            path.write_bytes(DAMAGED[name](path.read_bytes()))
+        elif name in STRANGERS:
+            STRANGERS[name](saved, folder)
+            torch.save(saved, path)
+        else:
+            values = {k: str(x).format(folder=folder) for k, x in CHANGED[name][0].items()}
+            saved["config"].update(values if "program" in name else CHANGED[name][0])
+            torch.save(saved, path)
     return folder
 
 
-@pytest.fixture(scope="module")
-def refusals(folder, lean, tmp_path_factory):
-    """For each case: exit status, stdout and stderr, from one process; and the folder before it."""
-    files, before = tmp_path_factory.mktemp("answers"), contents(folder)
-    cases = [in_full(words, folder) for words in REFUSALS]
-    (files / "cases").write_text(json.dumps(cases))
-    words = (lean, files / "cases", files / "answers")
-    finish(start(*words, program=[PROGRAMS / "refuse_all.py"]))
-    answers = json.loads((files / "answers").read_text())
-    return dict(zip(REFUSALS, answers, strict=True)), before
-
-
-def assert_refused(status, out, err, words, folder, late=False):
-    """Check for argparse's usage line and one sentence; and nothing on stdout, if it is early."""
-    assert status == 2 and (out == "" or late), err
-    usage, sentence = err.splitlines()
+def assert_refused(words, expected, folder, script):
+    """Check for status 2, a usage line, one sentence that holds words, and no trace on the disk."""
+    words = [word.replace("{folder}", str(folder)) for word in words]
+    before, err = contents(folder), io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as ending:
+        run_inside(*words, path=script)
+    usage, sentence = [line for line in err.getvalue().splitlines() if "%|" not in line]
+    assert ending.value.code == 2
     assert usage.startswith("usage: ") and sentence.startswith("train_mappo.py: error: ")
-    for word in words:
-        if word in NUMBERS and word not in sentence:
-            word = "--" + word.replace("_", "-")  # in argparse's own sentences
-        assert word.replace("{folder}", str(folder)).replace("{{}}", "{}") in sentence, sentence
+    for word in expected:
+        assert word.replace("{folder}", str(folder)) in sentence
+    if words[0] in (f"--{name.replace('_', '-')}" for name in NUMBERS):
+        assert words[0] in sentence or words[0][2:].replace("-", "_") in sentence
+    assert contents(folder) == before
 
 
-@pytest.mark.parametrize("words", REFUSALS, ids=" ".join)
-def test_bad_input_is_refused_in_one_sentence(refusals, folder, words):
+@pytest.mark.parametrize("words", BAD_VALUES, ids=" ".join)
+def test_bad_input_is_refused_in_one_sentence(words, folder, lean):
     """It names the option, the value and what would be right."""
-    assert_refused(*refusals[0][words], REFUSALS[words], folder, words in LATE)
+    new = [] if "--run-folder" in words else ["--run-folder", "{folder}/new/run"]
+    assert_refused([*words, *options_without(words), *new], BAD_VALUES[words], folder, lean)
 
 
-def test_refusals_leave_no_trace(refusals, folder):
-    """No folder was made, no file was changed, and no code from a stranger's checkpoint has run."""
-    assert contents(folder) == refusals[1]
-    assert not (folder / "new").exists()
+def options_without(words):
+    """Return the tiny options but for those that are among the words."""
+    return [word for word in options() if not {word.partition("=")[0]} & {*words}]
 
 
-@pytest.mark.parametrize("name", ["other.pickle", "state.pt"])
-def test_the_traps_are_real(folder, refusals, name):
-    """Loaded without care, what they add to the archive does run code."""
-    victim = folder / f"made by {name}"
-    assert not victim.exists()
-    newest = CheckpointRotation(folder / f"trap in {name}", keep_last=2).latest()
-    careless = {"tensor_load_kwargs": {"weights_only": False}}
-    with suppress(Exception), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        Checkpoint(policy=State()).load(newest, **careless)
-    assert victim.exists()
-    victim.unlink()
+@pytest.mark.parametrize("words", CONFLICTS, ids=" ".join)
+def test_what_contradicts_the_run_is_refused(words, folder, lean):
+    assert_refused([*words, "--run-folder", "{folder}/good"], CONFLICTS[words], folder, lean)
 
 
-def test_a_refusal_of_a_process_of_its_own(folder, lean):
-    """The same as above, with all that a user's own process may add."""
-    words = ("--run-folder", "{folder}/trap in state.pt")
-    process = start(*in_full(words, folder), program=[lean])
-    assert_refused(2, *finish(process, 2), REFUSALS[words], folder)
+@pytest.mark.parametrize("name", FOLDERS)
+def test_damaged_and_foreign_checkpoints_are_refused(name, folder, lean):
+    """No code that they hold is run."""
+    assert_refused(["--run-folder", "{folder}/" + name], FOLDERS[name], folder, lean)
+
+
+def test_the_trap_is_real(folder):
+    torch.load(folder / "a trap" / "checkpoint.pt", weights_only=False)
+    assert (folder / "victim").exists()
+    (folder / "victim").unlink()
+
+
+def test_a_refusal_of_a_process_of_its_own(folder, tmp_path):
+    """What a user sees; and a working directory in which no run can begin."""
+    (tmp_path / "runs").write_text("in the way")
+    processes = [
+        start("--run-folder", folder / "a trap", cwd=tmp_path),
+        start(*options(), cwd=tmp_path),
+    ]
+    for process, words in zip(processes, ("a trap", "run_folder is '"), strict=True):
+        out, err = finish(process, 2)
+        assert out == "" and len(err.splitlines()) == 2 and words in err
+    assert not (folder / "victim").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize(
-    "changed, sentence",
+    "values, sentence",
     [
-        ({"frames_per_batch": 610}, "frames_per_batch is 610, but must be a multiple of max_steps"),
+        ({"frames_per_batch": 610}, "frames_per_batch is 610, but must be a multiple of"),
         ({"n_iters": 1.5}, "n_iters is 1.5, but must be a whole number"),
         ({"lr": "3e-4"}, "lr is '3e-4', but must be a number"),
-        ({"mappo": "yes"}, "mappo is 'yes', but must be True or False"),
-        ({"scenario_options": {"shared": 1}}, "not used by the scenario"),
+        ({"mappo": "False"}, "mappo is 'False', but must be "),
+        ({"scenario_options": {"shared": 1}}, "not used by"),
     ],
 )
-def test_a_notebook_gets_the_same_checks_as_a_valueerror(changed, sentence):
-    """The engineering cell, run where there is no command line."""
-    cells = read_cells()
-    engineering = [cell.part for cell in cells].index("engineering")
-    sources = [cell.source for cell in cells[: engineering + 1]]
-    with pytest.raises(ValueError, match="must be|not used") as caught:
-        run_cells(sources, **{**TINY, **changed})
+def test_a_notebook_gets_the_same_checks_as_a_valueerror(values, sentence, tmp_path):
+    with pytest.raises(ValueError) as caught:
+        run_cells(sources(*SLOW, **TINY | values, run_folder=str(tmp_path / "run")))
     assert sentence in str(caught.value)
+    assert not (tmp_path / "run").exists()
 
 
-def test_a_notebook_may_not_change_a_run_that_it_resumes(folder):
-    """What contradicts the run is refused, by name; nothing is changed."""
-    good = shutil.copytree(folder / "good", folder.parent / "copy")
-    before = contents(good)
-    with pytest.raises(ValueError, match=r"lr is 0.1, but must be 0.0003"):
-        run_cells(without(boxes=False), **{**TINY, "run_folder": str(good), "lr": 0.1})
-    assert contents(good) == before
+def test_a_flag_is_checked_again_before_training(mappo, tmp_path):
+    """A flag set between cells, which any text would switch on."""
+    space = run_cells(sources(*SLOW, **TINY, run_folder=str(tmp_path / "run")))
+    space["cfg"].mappo = "False"
+    with pytest.raises(ValueError, match="mappo is 'False', but must be"):
+        run_cells(sources(*SLOW, begin="critic"), space)
+
+
+def test_a_misspelled_setting_is_an_error():
+    space = run_cells([read_cells()["imports"], read_cells()["config"]])
+    with pytest.raises(AttributeError, match="max_step"):
+        space["cfg"].max_step = 5
+
+
+OWN = """class Mine(vmas.simulator.scenario.BaseScenario):
+    def make_world(self, batch_dim, device, n_agents):
+        return vmas.simulator.core.Wrold(batch_dim, device)
+
+"""
+
+
+def test_a_mistake_in_ones_own_scenario_keeps_its_traceback(tmp_path):
+    edits = {'scenario_name: str | type = "navigation"': "scenario_name: str | type = Mine"}
+    edits["@dataclass(slots=True)"] = f"import vmas\n\n\n{OWN}\n@dataclass(slots=True)"
+    script = copy(tmp_path / "train_mappo.py", *SLOW, edits=edits)
+    with pytest.raises(AttributeError, match="Wrold"):
+        run_inside(*options(run_folder=tmp_path / "run"), path=script)
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_shows_section_1_and_may_be_cut_off(tmp_path):
+    """`--help | head -1` ends quietly; importing the file trains nothing."""
+    whole, cut, imported = (
+        start("--help", cwd=tmp_path),
+        start("-c", f"{sys.executable} {SCRIPT} --help | head -1", program=(), executable="bash"),
+        start("-c", "import train_mappo", program=(), cwd=SCRIPT.parent),
+    )
+    assert read_cells()["config"].partition("\n\ncfg")[0] in finish(whole)[0]
+    out, err = finish(cut)
+    assert out.startswith("usage: ") and err == ""
+    assert "is a program or a notebook" in finish(imported, 1)[1]
+    assert not [*tmp_path.iterdir()]

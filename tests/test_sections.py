@@ -1,7 +1,6 @@
 """The sections as readers use them: in a notebook, with cells left out, changed, run once more."""
 
 import dataclasses
-import re
 
 import jupytext
 import nbformat
@@ -204,8 +203,3 @@ def test_a_jupyter_notebook_shows_results_only(ippo, tmp_path):
     assert "To resume it" not in text["stdout"]  # no command line, no such command
     [flipped] = (tmp_path / "runs").glob("ippo-*")
     assert rows(flipped) == rows(ippo["folder"]) and len([*(tmp_path / "runs").iterdir()]) == 2
-
-
-def test_numbers_in_the_file_are_those_of_the_code():
-    """No placeholder of an unfinished text is left."""
-    assert not re.search(r"@[A-Z]|\bMORE\b|\bSEEDS\b|TODO", SCRIPT.read_text("utf-8"))
