@@ -265,8 +265,13 @@ def require(cfg, name, condition, expected):
 
 def record_of(cfg):
     """Return the settings as JSON stores them, a class or function by its name."""
-    values = {one.name: getattr(cfg, one.name) for one in fields(cfg)}
-    return json.loads(json.dumps(values, default=lambda value: value.__name__))
+    record = {}
+    for name in [one.name for one in fields(cfg)]:
+        with suppress(AttributeError, TypeError, ValueError):
+            text = json.dumps(getattr(cfg, name), allow_nan=False, default=lambda x: x.__name__)
+            record[name] = json.loads(text)
+        require(cfg, name, name in record, "JSON-serializable")
+    return record
 
 
 def require_equal(cfg, then, but, why):
@@ -277,15 +282,22 @@ def require_equal(cfg, then, but, why):
 
 
 def check_values(cfg):
-    """Require that each setting has the type of its default and is in its range."""
+    """Require that each setting has its type, is in its range, and can be recorded."""
     ranges = {name: (words, fits) for names, words, fits in RANGES for name in names}
-    also = {float: (float, int), list: (list, tuple), tuple: (list, tuple)}  # accepted as well
-    for name, default in asdict(Config()).items():
-        value, kind = getattr(cfg, name), type(default)
-        words, fits = ranges.get(name, (f"of type {kind.__name__}", lambda x: True))
-        kinds = (str, type) if name == "scenario_name" else also.get(kind, kind)
-        right = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-        require(cfg, name, default is None or (right and fits(value)), words)
+    kinds = {
+        bool: bool,
+        int: int,
+        float: (float, int),
+        str: str,
+        dict: dict,
+        str | type: str | type,
+    }
+    for one in fields(cfg):
+        value, kind = getattr(cfg, one.name), kinds.get(one.type, object)
+        right = isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
+        words, fits = ranges.get(one.name, (f"of type {one.type}", lambda x: True))
+        require(cfg, one.name, right and fits(value), words)
+    record_of(cfg)
 
 
 def check_scenario(cfg):
@@ -308,8 +320,10 @@ def check_scenario(cfg):
         except (AssertionError, TypeError, UserWarning, ValueError) as error:
             if own and not isinstance(error, UserWarning):
                 raise  # a mistake in the reader's own class keeps its traceback
-            words = f"built with other than n_agents = {cfg.n_agents} and {options} ({error})"
-            require(cfg, "scenario_name", False, words)
+            raise BadInput(
+                f"scenario_name is {name!r}, but VMAS cannot build it with n_agents = "
+                f"{cfg.n_agents} and scenario_options = {options}. {error}"
+            ) from error
     one_team = len(trial.group_map) == 1 and not trial.het_specs
     words = f"one with a single team of equal agents, not {', '.join(trial.agent_names)}"
     require(cfg, "scenario_name", one_team, words)
@@ -354,8 +368,8 @@ def read_run(folder):
         saved = torch.load(path, "cpu", weights_only=True) if path.name in names else None
         if saved:
             steps = [row["iteration"] for row in saved["history"]]
-            whole = saved.keys() >= {"config", "world_size", "policy", "critic", "optimizer"}
-            if not whole or steps != [*range(len(steps))]:
+            whole = saved.keys() >= {"world_size", "policy", "critic", "optimizer", "best_policy"}
+            if not whole or steps != [*range(len(steps))] or not dict(saved["config"]):
                 raise ValueError("a part is missing")
     except NotADirectoryError:
         raise BadInput(f"{here} a folder") from None
@@ -439,8 +453,11 @@ class SavedRun(Run):
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
         if saved:
             history[:] = saved["history"]
-            for name, part in learner.items():
-                part.load_state_dict(saved[name])
+            try:
+                for name, part in learner.items():
+                    part.load_state_dict(saved[name])
+            except (RuntimeError, ValueError) as error:
+                raise BadInput(f"run_folder is '{folder}', but has other networks") from error
             print(f"Resuming {folder}: {len(history)} of {cfg.n_iters} iterations are done")
             if saved["world_size"] != world_size:
                 print(f"It used {saved['world_size']} process(es) and now uses {world_size}")
@@ -532,8 +549,7 @@ if rank > 0:
 if is_program:
     cfg = read_command_line(cfg)
 else:
-    check_values(cfg)
-    check_scenario(cfg)
+    check(cfg, Path(cfg.run_folder or "runs").expanduser(), None)
 if world_size > 1:
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the one that "cuda" stands for

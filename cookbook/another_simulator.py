@@ -5,11 +5,15 @@ environment of batch size (num_envs,), in which the agents are stacked under "ag
 have to cover three landmarks without touching. An episode is never terminated, so watch the reward.
 
 First, `pip install pettingzoo==1.27.0 mpe2==1.1.1`. The first cell goes after the cell `config`,
-the second one replaces `make_env`, and `video`, which shows VMAS only, is left out. The run starts
-because VMAS has a scenario of the same name, which the engineering cell checks. For a task with
-another name, write `return` into the first line of `check_scenario` there.
+the second one replaces `make_env`, and the third one goes after `measures`. Leave out `video`,
+which shows VMAS only. The engineering cell asks for the name of a VMAS scenario, and VMAS happens to
+have this one, too. For a task that VMAS does not have, make `return` the first line of the function
+`check_scenario` in that cell.
+
+It is slow because PettingZoo simulates one environment at a time in Python, so each frame is paid
+for separately, whereas VMAS computes one step of all environments at once.
 """
-# ruff: noqa: F821
+# ruff: noqa: E402, F821
 
 # %% after="config"
 cfg.scenario_name = "simple_spread"

@@ -9,6 +9,7 @@ goes after `loss_by_hand`.
 """
 # ruff: noqa: F821
 
+
 # %% replaces="make_env"
 def seed_for(*purpose):
     """Derive a separate random seed from `cfg.seed` for each purpose."""

@@ -1,11 +1,11 @@
-"""Play a saved policy in new episodes, in VMAS alone: how often it succeeds, and a video.
+"""Play a saved policy in new episodes: how often it succeeds, and a video if you ask for one.
 
     python cookbook/play_policy.py runs/FOLDER/policy.pt
-    python cookbook/play_policy.py runs/FOLDER/best_policy.pt --seed 7 --n-agents 5
+    python cookbook/play_policy.py runs/FOLDER/best_policy.pt --n-agents 5 --video five.gif
 
-The settings come from hyperparameters.json beside the policy, and the video goes there, too. This
-is a program, not a cell. For a scenario of your own, put its class into this file, and `Meet()`, for
-example, in the place of `settings["scenario_name"]` in the call of `make_env`.
+This is a program, not a cell. It plays in VMAS alone, without TorchRL, with the settings from the
+file hyperparameters.json beside the policy. For a scenario of your own, put its class into this
+file and change the line that begins with `scenario =`.
 """
 
 import argparse
@@ -21,15 +21,21 @@ parser = argparse.ArgumentParser(description="Play 200 episodes with a saved pol
 parser.add_argument("policy", type=Path, help="policy.pt or best_policy.pt of a run")
 parser.add_argument("--seed", type=int, default=1, help="random seed for the episodes")
 parser.add_argument("--n-agents", type=int, help="team size, if other than in training")
+parser.add_argument("--video", type=Path, help="a new .gif file for a video of the first episode")
 given = parser.parse_args()
 record = given.policy.with_name("hyperparameters.json")
 for path in (given.policy, record):
     if not path.is_file():
-        parser.error(f"policy is '{given.policy}', but {path} does not exist")
-policy = Policy(given.policy)
-settings = json.loads(record.read_text("utf-8"))
+        parser.error(f"policy is '{given.policy}', but there is no file '{path}'")
+if given.video and (given.video.suffix != ".gif" or given.video.exists()):
+    parser.error(f"video is '{given.video}', but must be a new file that ends in .gif")
+policy, settings = Policy(given.policy), json.loads(record.read_text("utf-8"))
+scenario = settings["scenario_name"]  # for a scenario of your own: its class, such as Meet()
+known = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
+if isinstance(scenario, str) and scenario not in known:
+    parser.error(f"scenario_name is '{scenario}', which VMAS does not have. Put its class in here")
 env = vmas.make_env(
-    settings["scenario_name"],
+    scenario,
     num_envs=200,
     seed=given.seed,
     continuous_actions=not policy.discrete,
@@ -39,12 +45,12 @@ env = vmas.make_env(
 observations, images = env.reset(), []  # one tensor of shape (num_envs, n_obs) for each robot
 ended = torch.zeros(env.num_envs, dtype=torch.bool)
 for _ in range(settings["max_steps"]):
-    if not ended[0]:  # the video shows the first environment
+    if given.video and not ended[0]:
         images.append(Image.fromarray(env.render("rgb_array", env_index=0)).reduce(2))
     with torch.no_grad():
         actions = policy(torch.stack(observations, dim=1))  # (num_envs, n_agents, ...)
     observations, _, done, _ = env.step(list(actions.unbind(dim=1)))
     ended |= done
-video = given.policy.with_name(f"{given.policy.stem}-seed{given.seed}.gif")
-images[0].save(video, save_all=True, append_images=images[1:], duration=60, loop=0)
-print(f"{ended.float().mean():.3f} of 200 episodes ended in time. Video of the first: {video}")
+print(f"{ended.float().mean():.3f} of {env.num_envs} episodes ended in time")
+if images:
+    images[0].save(given.video, save_all=True, append_images=images[1:], duration=60, loop=0)

@@ -10,10 +10,10 @@
 | teacher/lesson.ipynb | train_mappo.py | executed with its defaults on one CPU thread |
 | teacher/solutions.ipynb | teacher/solutions.py | executed |
 
-Without names it makes all of them, in a few minutes. "student" and "teacher" stand for all of that
-folder. In solutions.py, a comment "# solution: BLANK" begins a solution, and BLANK is what a student
-finds in its place. The solution ends at the next such comment or at "# end of solution". Cells whose
-id begins with "solution_" are the teacher's explanations, and students do not get them.
+Without names it makes all of them, in a few minutes. "student" and "teacher" stand for all in that
+folder. In solutions.py, a comment "# solution: BLANK" begins a solution, and BLANK is what students
+find in its place. The solution ends at the next such comment or at "# end of solution". Cells with
+an id that begins with "solution_" are the teacher's explanations, and students do not get them.
 """
 
 import os
@@ -65,7 +65,7 @@ def pins():
 
 def setup_check(needed):
     """Return the source of a cell that says what is missing to run a notebook."""
-    return f'''\
+    return f"""\
 # Set-up check: run this cell first. It says what is missing and how to install it.
 import importlib.metadata
 import sys
@@ -79,7 +79,7 @@ elif missing:
     print("Something is missing. Run this line in a new cell, then restart the kernel:")
     print("%pip install", *missing)
 else:
-    print("Everything is installed.")'''
+    print("Everything is installed.")"""
 
 
 def first_cell(source):
@@ -147,7 +147,7 @@ COLAB_NOTE = """\
 # On Colab, or on any empty machine
 This notebook needs nothing but itself. Write the project's address into the next cell and run it.
 It gets the project, installs the packages, and goes to the folder of the exercises."""
-COLAB = '''\
+COLAB = """\
 CLONE = "https://github.com/OWNER/REPOSITORY"  # the project's address, for git clone
 
 import os
@@ -163,7 +163,7 @@ if not project.exists():
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
 subprocess.run([*pip, str(project / "teaching" / "requirements-colab.txt")], check=True)
 os.chdir(project / "teaching" / "student")
-print("Ready. The lesson is lesson.ipynb in", os.getcwd())'''
+print("Ready. The lesson is lesson.ipynb in", os.getcwd())"""
 
 
 def with_blanks(text):

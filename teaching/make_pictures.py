@@ -7,7 +7,7 @@
 | task | the test episode at its start: the robots and their goals |
 | paths | the same test episode as driven by IPPO after 10 and 15 iterations and by MAPPO after 15 |
 | arrow-maps | where the advantage pushes a robot, for both algorithms after 10 and 15 iterations |
-| value-curves | the value of one robot over its distance to its goal, the others at three distances |
+| value-curves | the value of a robot over its distance to its goal, the others at three distances |
 | bars | one unit of progress, alone or all together, to an exact critic of either kind, as bars |
 | bars-measured | the same for the trained critics and a step of 0.05 |
 | clipping | the clipped objective over the ratios of one more update of MAPPO |
@@ -53,9 +53,7 @@ def play(names):
     env = names["make_env"](200, names["cfg"].evaluation_seed)
     with torch.no_grad(), exploration[0](exploration[1].DETERMINISTIC):
         played = env.rollout(100, names["policy"], break_when_all_done=True)[EPISODE]
-    seen = torch.cat(
-        [played["agents", "observation"][:1], played["next", "agents", "observation"]]
-    )
+    seen = torch.cat([played["agents", "observation"][:1], played["next", "agents", "observation"]])
     done = played["next", "done"][:, 0].nonzero().flatten().tolist()
     end = done[0] + 1 if done else len(played)
     goals = seen[0, :, 0:2] - seen[0, :, 4:6]
@@ -101,7 +99,9 @@ def draw_paths():
             axes.add_patch(Circle(end, 0.05, color=color, ec="black", zorder=3))
             axes.text(*end, robot + 1, color="white", ha="center", va="center", weight="bold")
         steps = len(positions) - 1
-        end = f"all at their goals after {steps} steps" if success else f"failed after {steps} steps"
+        end = (
+            f"all at their goals after {steps} steps" if success else f"failed after {steps} steps"
+        )
         axes.set_title(f"{BOTH[name][2]}, {iterations} iterations\n{end}", fontsize=14)
     save("paths", figure)
 

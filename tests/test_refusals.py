@@ -7,15 +7,26 @@ import contextlib
 import io
 import os
 import pickle
+import runpy
 import shutil
+import subprocess
 import sys
 
 import pytest
 import torch
 from torchrl.envs import VmasEnv
 
-from cells import SCRIPT, SLOW, finish, read_cells, run_cells, run_inside, sources, start
-from cells import write_copy as copy
+from cells import (
+    SCRIPT,
+    SLOW,
+    finish,
+    read_cells,
+    run_cells,
+    run_inside,
+    sources,
+    start,
+    write_copy,
+)
 from conftest import TINY, contents, load, options
 
 CONFIG = run_cells([read_cells()["imports"], read_cells()["config"]])["cfg"]
@@ -44,7 +55,7 @@ BAD_VALUES = {  # words of the command line: what the sentence must hold
     ("--scenario-name", "{folder}/evil.py"): ("scenario_name is '{folder}/evil.py'", "navigation"),
     ("--scenario-name", "simple_tag"): ("scenario_name is 'simple_tag'", "single team", "agent_0"),
     ("--scenario-name", "diff_drive"): ("scenario_name is 'diff_drive'", "single team"),
-    ("--scenario-name", "balance", "--n-agents", "1"): ("n_agents = 1", "Should have more"),
+    ("--scenario-name", "balance", "--n-agents", "1"): ("balance", "n_agents = 1"),
     ("--scenario-name", "give_way", "--n-agents", "5"): ("n_agents is 5", "must be 2"),
     ("--n-agents", "24"): ("n_agents = 24", "spawn"),
     ("--scenario-options", "[1]"): ("scenario_options is [1]", "dict"),
@@ -89,11 +100,12 @@ class Trap:
         return os.mknod, (str(self.victim),)
 
 
-# What to do to what the checkpoint holds so that it must be refused, and what the sentence says.
-STRANGERS = {
-    "policy of another shape": lambda x, _: x["policy"].popitem(),
+# What to do to what the checkpoint holds so that it must be refused.
+LATE = {  # when the networks are there
     "weights unknown": lambda x, _: x["critic"].update(unknown=torch.zeros(3)),
     "optimizer of another network": lambda x, _: x["optimizer"].update(param_groups=[]),
+}
+STRANGERS = {
     **{f"no {name}": lambda x, _, n=name: x.pop(n) for name in ("config", "policy", "optimizer")},
     "no best_policy": lambda x, _: x.pop("best_policy"),
     "no history": lambda x, _: x.pop("history"),
@@ -131,13 +143,13 @@ def folder(tmp_path_factory, lean):
     for name, file in (("other", "diary.txt"), ("old", "checkpoint-000000000002.torchrl")):
         (folder / name).mkdir()
         (folder / name / file).write_text("Dear diary")
-    for name in [*STRANGERS, *CHANGED, *DAMAGED]:
+    for name in [*LATE, *STRANGERS, *CHANGED, *DAMAGED]:
         shutil.copytree(folder / "good", folder / name)
         path, saved = folder / name / "checkpoint.pt", load(folder / "good")
         if name in DAMAGED:
             path.write_bytes(DAMAGED[name](path.read_bytes()))
-        elif name in STRANGERS:
-            STRANGERS[name](saved, folder)
+        elif name not in CHANGED:
+            {**LATE, **STRANGERS}[name](saved, folder)
             torch.save(saved, path)
         else:
             values = {k: str(x).format(folder=folder) for k, x in CHANGED[name][0].items()}
@@ -185,24 +197,31 @@ def test_damaged_and_foreign_checkpoints_are_refused(name, folder, lean):
     assert_refused(["--run-folder", "{folder}/" + name], FOLDERS[name], folder, lean)
 
 
+@pytest.mark.parametrize("name", LATE)
+def test_a_checkpoint_of_other_networks_is_refused(name, folder, lean):
+    before = contents(folder)
+    with pytest.raises(ValueError, match=f"run_folder is '{folder}/{name}', but must be"):
+        run_inside("--run-folder", folder / name, path=lean)
+    assert contents(folder) == before
+
+
 def test_the_trap_is_real(folder):
     torch.load(folder / "a trap" / "checkpoint.pt", weights_only=False)
     assert (folder / "victim").exists()
     (folder / "victim").unlink()
 
 
-def test_a_refusal_of_a_process_of_its_own(folder, tmp_path):
-    """What a user sees; and a working directory in which no run can begin."""
-    (tmp_path / "runs").write_text("in the way")
-    processes = [
-        start("--run-folder", folder / "a trap", cwd=tmp_path),
-        start(*options(), cwd=tmp_path),
-    ]
-    for process, words in zip(processes, ("a trap", "run_folder is '"), strict=True):
-        out, err = finish(process, 2)
-        assert out == "" and len(err.splitlines()) == 2 and words in err
+def test_a_refusal_of_a_process_of_its_own(folder):
+    """What a user sees."""
+    out, err = finish(start("--run-folder", folder / "a trap"), 2)
+    assert out == "" and len(err.splitlines()) == 2 and f"'{folder}/a trap'" in err
     assert not (folder / "victim").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_a_place_in_which_no_run_can_begin_is_refused_at_once(lean, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("in the way")
+    assert_refused(options(), ["run_folder is '"], tmp_path, lean)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +241,7 @@ def test_a_notebook_gets_the_same_checks_as_a_valueerror(values, sentence, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_flag_is_checked_again_before_training(mappo, tmp_path):
+def test_a_flag_is_checked_again_before_training(tmp_path):
     """A flag set between cells, which any text would switch on."""
     space = run_cells(sources(*SLOW, **TINY, run_folder=str(tmp_path / "run")))
     space["cfg"].mappo = "False"
@@ -236,31 +255,31 @@ def test_a_misspelled_setting_is_an_error():
         space["cfg"].max_step = 5
 
 
-OWN = """class Mine(vmas.simulator.scenario.BaseScenario):
-    def make_world(self, batch_dim, device, n_agents):
-        return vmas.simulator.core.Wrold(batch_dim, device)
-
-"""
-
-
-def test_a_mistake_in_ones_own_scenario_keeps_its_traceback(tmp_path):
+@pytest.mark.parametrize("mistake", ["super().make_wrold", "1 + 'x'", "int('x')"])
+def test_a_mistake_in_ones_own_scenario_keeps_its_traceback(mistake, tmp_path):
+    own = "from vmas.scenarios import navigation\n\n\nclass Mine(navigation.Scenario):\n"
+    own += f"    def make_world(self, *args, **kwargs):\n        {mistake}\n\n\n"
     edits = {'scenario_name: str | type = "navigation"': "scenario_name: str | type = Mine"}
-    edits["@dataclass(slots=True)"] = f"import vmas\n\n\n{OWN}\n@dataclass(slots=True)"
-    script = copy(tmp_path / "train_mappo.py", *SLOW, edits=edits)
-    with pytest.raises(AttributeError, match="Wrold"):
+    edits["@dataclass(slots=True)"] = f"{own}@dataclass(slots=True)"
+    script = write_copy(tmp_path / "train_mappo.py", *SLOW, edits=edits)
+    with pytest.raises((AttributeError, TypeError, ValueError), match="wrold|str|literal") as error:
         run_inside(*options(run_folder=tmp_path / "run"), path=script)
+    assert "make_world" in [entry.name for entry in error.traceback]
     assert not (tmp_path / "run").exists()
 
 
-def test_help_shows_section_1_and_may_be_cut_off(tmp_path):
-    """`--help | head -1` ends quietly; importing the file trains nothing."""
-    whole, cut, imported = (
-        start("--help", cwd=tmp_path),
-        start("-c", f"{sys.executable} {SCRIPT} --help | head -1", program=(), executable="bash"),
-        start("-c", "import train_mappo", program=(), cwd=SCRIPT.parent),
-    )
-    assert read_cells()["config"].partition("\n\ncfg")[0] in finish(whole)[0]
-    out, err = finish(cut)
-    assert out.startswith("usage: ") and err == ""
-    assert "is a program or a notebook" in finish(imported, 1)[1]
+def test_help_shows_section_1_and_may_be_cut_off(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        run_inside("--help")
+    assert end.value.code == 0
+    assert read_cells()["config"].partition("\n\ncfg")[0] in capsys.readouterr().out
+    command = f"set -o pipefail; {sys.executable} {SCRIPT} --help | head -1"
+    cut = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8")
+    assert cut.stdout.startswith("usage: ") and cut.stderr == ""
     assert not [*tmp_path.iterdir()]
+
+
+def test_it_cannot_be_imported_by_mistake():
+    with pytest.raises(ImportError, match="is a program or a notebook"):
+        runpy.run_path(str(SCRIPT), run_name="train_mappo")

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import io
 import json
 import os
@@ -148,3 +149,43 @@ def plot(draw, rows=1, columns=1, size=(6, 4)):
     draw(axes)
     plt.show()
     plt.close(figure)
+
+
+def toy_slope(critic, reward, gamma=0.99, spread=0.33, n_robots=3):
+    """Return the slope of a value for robots that drive home at the same time, without networks.
+
+    Each robot drives straight at its own speed, at most `spread` times faster or slower than 0.03
+    a step. The return is regressed on the distances that the critic sees. `critic` is "local" or
+    "centralized" (one value for the team), and `reward` is "shared" or "individual".
+    """
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2, 4000, n_robots, generator=generator)
+    distance, speed = 2 * uniform[0], 0.03 * (1 + spread * (2 * uniform[1] - 1))
+    distances, rewards = [], []
+    for _ in range(100):
+        progress = torch.minimum(speed, distance)
+        own = progress[:, 0] if critic == "local" else progress.mean(-1)
+        distances.append(distance)
+        rewards.append(progress.sum(-1) if reward == "shared" else own)
+        distance = distance - progress
+    following, returns = torch.zeros(4000), []
+    for earned in reversed(rewards):
+        following = earned + gamma * following
+        returns.insert(0, following)
+    seen = torch.cat(distances)
+    seen = seen[:, :1] if critic == "local" else seen
+    columns = torch.cat([seen, torch.ones(len(seen), 1)], dim=1)
+    return torch.linalg.lstsq(columns, torch.cat(returns).unsqueeze(1)).solution[0].item()
+
+
+def show_tables():
+    """Print the metrics of the five runs of the exercise about silent bugs."""
+    hidden = {"iteration", "frames", "loss_objective", "loss_entropy"}
+    for path in sorted((HERE / "silent_bug").glob("run_*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        names = [name for name in rows[0] if name not in hidden and not name.startswith("test_")]
+        print(f"{path.stem}\n{'iteration':>9}" + "".join(f"{name:>20}" for name in names))
+        for number, row in enumerate(rows, start=1):
+            print(f"{number:>9}" + "".join(f"{float(row[name]):>20.4f}" for name in names))
+        print()

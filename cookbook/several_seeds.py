@@ -1,0 +1,54 @@
+"""Several seeds in one figure: every run as a thin line, their mean and its 95% interval.
+
+    for seed in 0 1 2 3 4; do
+        for flag in --mappo --no-mappo; do
+            python train_mappo.py --n-iters 15 --seed $seed $flag --run-folder runs/five/$seed$flag
+        done
+    done
+    python cookbook/several_seeds.py runs/five
+
+writes five.png beside the folder. If you stop the loop, start it again, and it resumes. This is a
+program, not a cell. All runs in the folder should differ in the seed and the algorithm alone. The
+interval is a bootstrap over runs, which is too narrow for a handful of them, so with fewer than ten
+seeds look at the thin lines first.
+"""
+
+import argparse
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+parser = argparse.ArgumentParser(description="Draw the learning curves of several runs.")
+parser.add_argument("folder", type=Path, help="folder that contains the folders of the runs")
+parser.add_argument("--metric", help="column of metrics.csv; by default the success in tests")
+given = parser.parse_args()
+names = [given.metric] if given.metric else ["test_success_rate", "test_terminated_rate"]
+picture, runs = given.folder.with_suffix(".png"), {}
+for path in sorted(given.folder.glob("*/metrics.csv")):
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    values = {int(row["frames"]): row[name] for row in rows for name in names if row.get(name)}
+    mappo = json.loads(path.with_name("hyperparameters.json").read_text("utf-8"))["mappo"]
+    if values:
+        runs.setdefault("MAPPO" if mappo else "IPPO", []).append(values)
+if not runs or picture.exists():
+    words = f"must contain runs with {' or '.join(names)}, and {picture} must not exist yet"
+    parser.error(f"folder is '{given.folder}', but {words}")
+figure, random = Figure(figsize=(6, 4), layout="constrained"), np.random.default_rng(0)
+axes = figure.subplots()
+for algorithm, curves in runs.items():
+    color = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}[algorithm]
+    frames = sorted(set.intersection(*map(set, curves)))  # which all runs have reached
+    table = np.array([[float(curve[x]) for x in frames] for curve in curves])  # (runs, points)
+    samples = random.integers(len(curves), size=(2000, len(curves)))
+    low, high = np.percentile(table[samples].mean(axis=1), [2.5, 97.5], axis=0)
+    axes.plot(frames, table.T, color=color, linewidth=0.5)
+    axes.plot(frames, table.mean(axis=0), color=color, label=f"{algorithm}, {len(curves)} runs")
+    axes.fill_between(frames, low, high, color=color, alpha=0.2)
+axes.set(xlabel="frames", title=given.metric or "success rate in test episodes")
+axes.legend()
+figure.savefig(picture)
+print(f"Wrote {picture}")

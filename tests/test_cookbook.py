@@ -1,0 +1,351 @@
+"""Each recipe of cookbook/, pasted into the lesson where it says, does what it says."""
+
+import csv
+import json
+import re
+import runpy
+import shutil
+import sys
+
+import jupytext
+import pytest
+import torch
+
+from cells import SLOW, run_cells
+from conftest import (
+    REPOSITORY,
+    SCRIPT,
+    TINY,
+    assert_same,
+    load,
+    options,
+    run_inside,
+    without_seconds,
+    write_copy,
+)
+
+COOKBOOK = REPOSITORY / "cookbook"
+RECIPES = sorted(path.stem for path in COOKBOOK.glob("*.py"))
+PROGRAMS = ["play_policy", "several_seeds", "use_policy"]  # the others are cells
+CELLS = [name for name in RECIPES if name not in PROGRAMS]
+
+
+def places(recipe):
+    """Return the cells of a recipe as a list of (how, ids of cells of the lesson, cell)."""
+    found = []
+    for cell in jupytext.read(COOKBOOK / f"{recipe}.py").cells:
+        for how in cell.metadata.keys() & {"replaces", "before", "after"}:
+            found.append((how, cell.metadata[how].split(", "), cell))
+    return found
+
+
+def paste(path, *recipes, edits=()):
+    """Paste recipes into the file at `path`, pieces of them replaced; return `path`.
+
+    `edits` is {old: new}. A cell that the file lacks, such as a slow one, needs no replacement.
+    """
+    lesson = jupytext.read(path)
+
+    def find(name):
+        ids = [cell.metadata.get("id") for cell in lesson.cells]
+        return ids.index(name)
+
+    for recipe in recipes:
+        for how, (target, *left_out), cell in places(recipe):
+            for old, new in dict(edits).items():
+                cell.source = cell.source.replace(old, new)
+            place = find(target)
+            if how == "replaces":
+                cell.metadata["id"] = target
+                lesson.cells[place] = cell
+            else:
+                lesson.cells.insert(place + (how == "after"), cell)
+            ids = [one.metadata.get("id") for one in lesson.cells]
+            for name in {*left_out} & {*ids}:
+                lesson.cells.pop(find(name))
+    jupytext.write(lesson, path, fmt="py:percent")
+    return path
+
+
+@pytest.fixture
+def cook(tmp_path):
+    """Return a function that runs the lesson with recipes in it and returns its global names."""
+
+    def run(*recipes, edits=(), folder="run", **values):
+        path = write_copy(tmp_path / "train_mappo.py", *SLOW)
+        paste(path, *recipes, edits=edits)
+        return run_inside(*options(run_folder=tmp_path / folder, **values), path=path)
+
+    return run
+
+
+def weights(names, policy):
+    """Return the weights of a policy of the lesson."""
+    return names[policy][0].module[0].state_dict()
+
+
+def has_learned(names):
+    """Return whether the policy is another one than before the training."""
+    before, after = weights(names, "untrained_policy"), weights(names, "policy")
+    return any((before[key] != after[key]).any() for key in before)
+
+
+def run_program(name, *words):
+    """Run a program of the cookbook in this process and return its global names."""
+    before = sys.argv, sys.path[:]
+    sys.argv, sys.path[:0] = [name, *map(str, words)], [str(COOKBOOK)]
+    try:
+        return runpy.run_path(str(COOKBOOK / f"{name}.py"), run_name="__main__")
+    finally:
+        sys.argv, sys.path[:] = before
+
+
+def use_policy(path):
+    """Return the Policy of the cookbook with the weights of a file."""
+    return runpy.run_path(str(COOKBOOK / "use_policy.py"))["Policy"](path)
+
+
+# ------------------------------------------------------------------------------- cells to paste
+
+
+@pytest.mark.parametrize("recipe", CELLS)
+def test_the_docstring_says_where_the_cells_go(recipe):
+    """It names each cell of the lesson that the recipe replaces, follows or precedes."""
+    text = (COOKBOOK / f"{recipe}.py").read_text("utf-8").split('"""')[1]
+    ids = {cell.metadata.get("id") for cell in jupytext.read(SCRIPT).cells}
+    found = places(recipe)
+    assert found
+    for how, names, _ in found:
+        assert {*names} <= ids
+        assert how in text
+        assert all(f"`{name}`" in text for name in names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_recipe_is_short(recipe):
+    """It has at most forty lines of code, without what it repeats from the lesson."""
+    lesson = {*SCRIPT.read_text("utf-8").splitlines()}
+    code = (COOKBOOK / f"{recipe}.py").read_text("utf-8").split('"""', 2)[2].splitlines()
+    own = [line for line in code if line.strip() and line not in lesson]
+    assert len([line for line in own if not line.lstrip().startswith("#")]) <= 45
+    assert f"({recipe}.py)" in (COOKBOOK / "README.md").read_text("utf-8")
+
+
+def test_discrete_actions(cook):
+    """Nine actions, at first nearly uniform, an entropy that the library confirms."""
+    names = cook("discrete_actions")
+    actions = names["rollout"]["agents", "action"]
+    assert actions.dtype == torch.int64 and {*actions.unique().tolist()} == {*range(9)}
+    assert names["history"][0]["entropy"] == pytest.approx(torch.tensor(9.0).log(), rel=1e-2)
+    pi = torch.distributions.Categorical(logits=torch.tensor([[0.3, -1.0, 2.0], [0.0, 5.0, 1.0]]))
+    torch.testing.assert_close(names["entropy_by_hand"](pi), pi.entropy().mean())
+    assert has_learned(names)
+    policy = use_policy(names["folder"] / "policy.pt")
+    data = names["policy"](names["env"].reset())
+    chosen = policy(data["agents", "observation"])
+    assert chosen.tolist() == data["agents", "logits"].argmax(-1).tolist()
+
+
+def test_own_scenario(cook):
+    """An episode ends once all robots are close to each other; contacts cost, and are counted."""
+    names = cook("own_scenario")
+    assert names["folder"].exists() and has_learned(names)
+    assert {"test_terminated_rate", "test_collisions"} <= names["history"][-1].keys()
+    env = names["make_env"](4, seed=0)
+    for agent, x in zip(env.agents, (-0.06, 0.0, 0.5), strict=True):  # the first two touch
+        agent.set_pos(torch.tensor([x, 0.0]), batch_index=None)
+    together = torch.tensor([[-0.2, 0.0], [0.0, 0.0], [0.2, 0.0]])
+    for agent, place in zip(env.agents, together, strict=True):
+        agent.set_pos(place, batch_index=3)
+    scenario = env.scenario
+    touched = torch.stack([scenario.touched(agent) for agent in env.agents], dim=-1)
+    assert touched.tolist() == 3 * [[1, 1, 0]] + [[0, 0, 0]]
+    assert scenario.done().tolist() == [False, False, False, True]
+    rewards = [scenario.reward(agent)[0].item() for agent in env.agents]
+    assert rewards[0] == rewards[1] == pytest.approx(rewards[2] - 1)
+
+
+def test_discrete_actions_in_an_own_scenario(cook):
+    """Two recipes fit together, and the second command resumes the run."""
+    names = cook("own_scenario", "discrete_actions", n_iters=1)
+    assert names["scenario"] == "Meet" and len(names["history"]) == 1
+    names = cook("own_scenario", "discrete_actions")
+    assert len(names["history"]) == 2
+
+
+def test_agent_ids(cook):
+    """Agents that observe the same have values of their own, from one network."""
+    names = cook("agent_ids")
+    network, n_obs = names["critic_network"], names["n_obs"]
+    assert [*network.parameters()][0].shape == (TINY["num_cells"], n_obs + 3 * n_obs + 3)
+    same = torch.zeros(5, 3, n_obs)
+    assert network(same).shape == (5, 3, 1) and len(network(same)[0].unique()) == 3
+    other = same.clone()
+    other[:, 1, 2] = 1.0  # seen by all, through the team's observations
+    assert (network(other) != network(same)).all()
+    assert has_learned(names)
+
+
+def test_value_normalization(cook, tmp_path):
+    """The value loss is that of normalized numbers; a resumed run has the same statistics."""
+    names = cook("value_normalization", folder="whole")
+    cook("value_normalization", folder="parts", n_iters=1)
+    cook("value_normalization", folder="parts")
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+    saved = [load(tmp_path / name)["value_norm"] for name in ("whole", "parts")]
+    torch.testing.assert_close(*saved, rtol=0, atol=0)
+    assert saved[0]["count"] == 2 * 2 * 600 * 3  # iterations, epochs, frames, agents
+    loss_module, norm = names["loss_module"], names["value_norm"]
+    data = names["frames"][:100]
+    loss = loss_module(data.clone())["loss_critic"]
+    with torch.no_grad():
+        value = norm.normalize(names["critic_network"](data["agents", "observation"]))
+    error = (value - norm.normalize(data["value_target"])).abs()
+    by_hand = torch.where(error < 1, error**2 / 2, error - 0.5).mean()
+    torch.testing.assert_close(loss.detach(), names["cfg"].critic_coeff * by_hand)
+
+
+def steps_taken(names):
+    """Return how many gradient steps the optimizer has taken."""
+    [steps] = {int(state["step"]) for state in names["optimizer"].state.values()}
+    return steps
+
+
+def test_stop_by_kl(cook, lean, tmp_path):
+    """A large limit changes nothing at all; a small one ends each iteration after one epoch."""
+    edit = "target_kl = 0.01"
+    free = cook("stop_by_kl", edits={edit: "target_kl = 1e6"}, folder="free")
+    plain = run_inside(*options(run_folder=tmp_path / "plain"), path=lean)
+    assert without_seconds(free["history"]) == without_seconds(plain["history"])
+    strict = cook("stop_by_kl", edits={edit: "target_kl = 1e-6"}, folder="strict", lr=1e-3)
+    assert steps_taken(free) == 2 * 2 * 6 and steps_taken(strict) == 2 * 6
+
+
+def test_fine_tune(cook, mappo):
+    """The run starts with the weights of the other one, policy and critic."""
+    old = load(mappo["folder"])
+    names = cook("fine_tune", edits={"runs/FOLDER": str(mappo["folder"])}, n_iters=1, lr=1e-12)
+    torch.testing.assert_close(
+        names["untrained_policy"].state_dict(), old["best_policy"], rtol=0, atol=0
+    )
+    torch.testing.assert_close(names["critic"].state_dict(), old["critic"])
+
+
+def test_another_simulator(cook, capsys):
+    """The lesson's loop trains in PettingZoo, with episodes that are cut off, not ended."""
+    pytest.importorskip("mpe2", reason="needs pettingzoo and mpe2")
+    small = {"max_steps": 10, "frames_per_batch": 60, "minibatch_size": 20}
+    names = cook("another_simulator", **small, evaluation_episodes=2)
+    assert names["rollout"]["next", "agents", "reward"].shape == (6, 10, 3, 1)
+    assert names["rollout"]["next", "truncated"][:, -1].all()
+    assert not names["rollout"]["next", "terminated"].any()
+    assert "episode_reward with random actions: -" in capsys.readouterr().out
+    assert has_learned(names)
+
+
+def test_gpu(cook):
+    """The settings fit together, and the command line still overrides them."""
+    names = cook("gpu")
+    assert names["cfg"].lr == 1e-3 and names["cfg"].frames_per_batch == TINY["frames_per_batch"]
+    [(_, _, cell)] = places("gpu")
+    lesson = jupytext.read(SCRIPT).cells
+    config = [one.source for one in lesson if one.metadata.get("id") in (None, "config")]
+    code = [one for one in config if not one.startswith("#") or "import" in one]
+    cfg = run_cells([*code[:2], cell.source])["cfg"]
+    assert cfg.num_vmas_envs == 6000 and cfg.frames_per_batch % cfg.minibatch_size == 0
+
+
+# -------------------------------------------------------------------------------------- programs
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_the_policy_elsewhere(cook, share):
+    """The plain module acts like the lesson's policy, and moves as a whole."""
+    names = cook(share_parameters_policy=share, n_iters=1)
+    path = names["folder"] / "policy.pt"
+    policy, data = use_policy(path), names["env"].reset()
+    with torch.no_grad():
+        names["policy"].get_dist(data)
+        expected = names["policy"].get_dist(data).deterministic_sample
+        torch.testing.assert_close(policy(data["agents", "observation"]), expected)
+        assert {value.device.type for value in policy.to("meta").state_dict().values()} == {"meta"}
+    if share:
+        run_program("use_policy", path)
+        exported = torch.export.load(path.with_suffix(".pt2")).module()
+        policy = use_policy(path)
+        for robots in (2, 5):
+            observation = torch.rand(robots, names["n_obs"])
+            torch.testing.assert_close(exported(observation), policy(observation))
+        assert policy(torch.zeros(names["n_obs"])).shape == (2,)  # one robot
+
+
+@pytest.fixture
+def trained(tmp_path):
+    """Return a policy that has learned the task, in a folder like a run's."""
+    shutil.copy(REPOSITORY / "teaching/trained/mappo-15.pt", tmp_path / "policy.pt")
+    settings = {"scenario_name": "navigation", "scenario_options": {}, "n_agents": 3}
+    record = json.dumps({**settings, "max_steps": 100})
+    (tmp_path / "hyperparameters.json").write_text(record)
+    return tmp_path / "policy.pt"
+
+
+def test_play(trained, capsys):
+    """A good policy succeeds in plain VMAS, too."""
+    run_program("play_policy", trained)
+    fraction = re.fullmatch(
+        r"(0\.\d+|1\.000) of 200 episodes ended in time\n", capsys.readouterr().out
+    )
+    assert float(fraction[1]) > 0.9
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["none.pt"], "policy is 'none.pt', but there is no file"),
+        (["policy.pt", "--video", "film.mp4"], "video is 'film.mp4', but must be a new file"),
+    ],
+)
+def test_play_refuses(trained, capsys, monkeypatch, words, message):
+    """One sentence, and status 2."""
+    monkeypatch.chdir(trained.parent)
+    with pytest.raises(SystemExit, match="2"):
+        run_program("play_policy", *words)
+    assert message in capsys.readouterr().err
+
+
+def test_several_seeds(tmp_path, capsys):
+    """Mean and interval of each algorithm, over the frames that all its runs have reached."""
+    for name, mappo, values in (
+        ("a", True, "0.2 0.4"),
+        ("b", True, "0.4 0.8 1.0"),
+        ("c", False, "0"),
+    ):
+        folder = tmp_path / "seeds" / name
+        folder.mkdir(parents=True)
+        (folder / "hyperparameters.json").write_text(json.dumps({"mappo": mappo}))
+        rows = [f"{100 * n},,\n{100 * n + 50},{x},\n" for n, x in enumerate(values.split(), 1)]
+        table = "frames,test_success_rate,other\n" + "".join(rows)
+        (folder / "metrics.csv").write_text(table)
+    names = run_program("several_seeds", tmp_path / "seeds")
+    lines = {line.get_label(): line for line in names["axes"].get_lines()}
+    assert lines["MAPPO, 2 runs"].get_xdata().tolist() == [150, 250]
+    assert lines["MAPPO, 2 runs"].get_ydata().tolist() == pytest.approx([0.3, 0.6])
+    assert lines["IPPO, 1 runs"].get_ydata().tolist() == [0]
+    assert (tmp_path / "seeds.png").stat().st_size > 1000
+    with pytest.raises(SystemExit, match="2"):
+        run_program("several_seeds", tmp_path / "seeds")  # the picture is not overwritten
+    assert "must not exist yet" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------- results
+
+
+def test_results_have_a_command_each():
+    """A row of results.csv says what was run, and the README quotes no other numbers."""
+    with open(COOKBOOK / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns = ["recipe", "algorithm", "seed", "iterations", "measure", "value", "command"]
+    assert rows and list(rows[0]) == columns
+    for row in rows:
+        assert row["recipe"] in RECIPES and row["command"].startswith("python ")
+        assert float(row["value"]) == float(row["value"])
