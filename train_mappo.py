@@ -229,9 +229,7 @@ import inspect
 import io
 import math
 import shlex
-import signal
 import sys
-import tempfile
 from contextlib import suppress
 from dataclasses import fields, replace
 
@@ -307,9 +305,9 @@ def check_scenario(cfg):
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
     require(cfg, "scenario_options", not taken, f"without {taken}, which this file sets itself")
-    with warnings.catch_warnings():  # of an option that is unknown, or of agents without room
-        for message in ("Scenario kwargs: (?!.*n_agents)", "It is taking many iterations to spawn"):
-            warnings.filterwarnings("error", message)
+    with warnings.catch_warnings():  # about unknown options, or agents for which there is no room
+        warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
+        warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
         try:
             trial = VmasEnv(
                 name() if own else name,
@@ -353,11 +351,11 @@ def check(cfg, folder, saved):
         require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
         done = len(saved["history"])
         require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, which are done already")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise BadInput(f"run_folder is '{folder}', but must be writable ({error})") from error
+    with suppress(OSError):
+        if rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and not os.access(folder, os.W_OK):
+        raise BadInput(f"run_folder is '{folder}', but must be a folder that can be written to")
 
 
 def read_run(folder):
@@ -371,8 +369,8 @@ def read_run(folder):
             whole = saved.keys() >= {"world_size", "policy", "critic", "optimizer", "best_policy"}
             if not whole or steps != [*range(len(steps))] or not dict(saved["config"]):
                 raise ValueError("a part is missing")
-    except NotADirectoryError:
-        raise BadInput(f"{here} a folder") from None
+    except OSError as error:
+        raise BadInput(f"{here} a folder that can be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can raise nearly anything
         words = f"{here} the folder of a run. Its {path.name} is damaged or of another version"
         raise BadInput(words) from error
@@ -412,9 +410,7 @@ def make_parser():
 def read_command_line(cfg):
     """Return the settings with the options given, or else with those of the run to be resumed."""
     parser = make_parser()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends quietly
     given = vars(parser.parse_args())
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     try:
         cfg = replace(cfg, **given)
         folder = Path(cfg.run_folder or "runs").expanduser()
@@ -449,7 +445,7 @@ class SavedRun(Run):
         check(cfg, folder, saved)
         why = "unless you run everything below Section 1 again"
         require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, why)
-        launcher = "python" if world_size == 1 else f"torchrun --nproc-per-node {world_size}"
+        launcher = "python" if world_size == 1 else "torchrun ..."
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
         if saved:
             history[:] = saved["history"]
@@ -477,7 +473,7 @@ class SavedRun(Run):
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # TorchRL lets it log to files
         self.log = get_logger(cfg.logger, str(folder / "log"), name) if rank == 0 else None
         if self.log:
-            self.log.log_hparams({key: str(value) for key, value in record_of(cfg).items()})
+            self.log.log_hparams({**record_of(cfg), "scenario_options": str(cfg.scenario_options)})
         self.write_log(history)
 
     def save(self, history, learner):
@@ -1160,7 +1156,7 @@ optimizer = torch.optim.Adam(loss_module.parameters(), lr=cfg.lr, fused=True)
 # check shifts the stored log-probabilities and one agent's advantages by random amounts.
 
 # %% id="loss_check"
-torch.manual_seed(seed_for("box"))
+torch.manual_seed(seed_for("shift"))
 frames = first_batch.clone()
 estimate_advantages(frames)
 frames = frames.reshape(-1)[:minibatch_frames]
@@ -1178,7 +1174,7 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # %% [markdown]
 # MAPPO:
 # ```
-# loss_objective   0.12596
+# loss_objective   0.13758
 # loss_critic      0.00154
 # loss_entropy    -0.00013
 # ```
@@ -1292,7 +1288,8 @@ for iteration in progress:
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
         row |= {f"test_{key}": value for key, value in evaluate(policy).items()}
-        if row[test_key] >= max((old.get(test_key, 0.0) for old in history), default=0.0):
+        best = max((old.get(test_key, 0.0) for old in history), default=0.0)
+        if row[test_key] >= best:
             best_policy.load_state_dict(policy.state_dict())
     history.append(row)
     run.save(history, learner)
@@ -1341,15 +1338,16 @@ run.finish()
 # than the last one, it is included, too.
 
 # %% id="evaluation"
-policies = {"untrained": untrained_policy, "trained": policy}
-tests = [(row[test_key], row["iteration"] + 1) for row in history if test_key in row]
-if tests and max(tests)[1] < len(history):  # the best is not the last
-    policies["best"] = best_policy
-evaluation = {name: evaluate(found) for name, found in policies.items()}
+evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
+evaluation_of_best = evaluate(best_policy)
+if evaluation_of_best[success_key] > evaluation["trained"][success_key]:
+    evaluation["best"] = evaluation_of_best
+else:
+    best_policy.load_state_dict(policy.state_dict())
 title = f"{cfg.evaluation_episodes} episodes, deterministic policy"
-print(f"\n{title:<35}" + "".join(f"{name:>12}" for name in policies))
+print(f"\n{title:<35}" + "".join(f"{name:>12}" for name in evaluation))
 for key in evaluation["trained"]:
-    print(f"{key:<35}" + "".join(f"{found[key]:>12.3f}" for found in evaluation.values()))
+    print(f"{key:<35}" + "".join(f"{column[key]:>12.3f}" for column in evaluation.values()))
 
 # %% [markdown]
 # With MAPPO and seed 0, on a CPU:
@@ -1444,7 +1442,7 @@ def draw_arrow_map(robot=0):
     for chosen, color, width in ((~away, "tab:green", 0.004), (away, "tab:red", 0.008)):
         arrows = nn.functional.normalize(directions[chosen], dim=-1)
         axes.quiver(*places[chosen].T.cpu(), *arrows.T.cpu(), color=color, width=width, scale=30)
-    for index, agent in enumerate(scene.agents):  # the goal of this robot, and the other robots
+    for index, agent in enumerate(scene.agents):  # this robot's goal, and the other robots
         entity = agent.goal if index == robot else agent
         center, name = (
             entity.state.pos[0].tolist(),
@@ -1453,7 +1451,8 @@ def draw_arrow_map(robot=0):
         axes.add_patch(Circle(center, 0.1, color=f"C{index}", alpha=0.6))
         axes.annotate(name, center, ha="center", va="center", weight="bold")
     axes.set(
-        aspect="equal", title=f"{algorithm} after {len(history)} iterations: pushes on robot 1"
+        aspect="equal",
+        title=f"{algorithm} after {len(history)} iterations: pushes on robot {robot + 1}",
     )
     return figure, away.float().mean().item()
 

@@ -27,9 +27,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-import tutorial
-from study import RECIPES, SCRIPT, SPEED, Runs, train, write_whole
-from tables import speed
+import torchrl_tutorial
+from study import RECIPES, SCRIPT, train, with_variant, write_whole
+from tables import SPEED, speed
 
 
 def take_turns(part, unit, works, turns):
@@ -59,13 +59,18 @@ def timed(work):
 
 
 def run_script(*options):
-    """Run train_mappo.py in this process, silently, and return its global names."""
+    """Run train_mappo.py up to its training loop in this process, silently; return its names.
+
+    Raises a RuntimeError with what it says if it refuses the options.
+    """
     argv, hook, said = sys.argv, sys.excepthook, io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        sys.argv = [str(SCRIPT), "--device", "cpu", "--run-folder", f"{folder}/run", *options]
+        script = Path(folder, SCRIPT.name)
+        script.write_text(with_variant(SCRIPT.read_text("utf-8"), ""), "utf-8")
+        sys.argv = [str(script), "--device", "cpu", "--run-folder", f"{folder}/run", *options]
         try:
             with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                return runpy.run_path(str(SCRIPT), run_name="__main__")
+                return runpy.run_path(str(script), run_name="__main__")
         except SystemExit as end:
             raise RuntimeError(said.getvalue()) from end
         finally:
@@ -85,23 +90,23 @@ def seconds_of_training(options, algorithm="MAPPO"):
     """Return a function that trains once and returns the seconds of all its iterations."""
 
     def measure():
-        runs = Runs("benchmark", options)
-        return float(train(runs, algorithm, 0, torch.get_num_threads())["training_seconds"])
+        rows = train("benchmark", options, "", algorithm, "0", threads=torch.get_num_threads())
+        return rows["seconds"].astype(float).sum()
 
     return measure
 
 
 def seconds_of_tutorial(path, iterations):
     """Return a function that runs TorchRL's tutorial and returns the seconds of its iterations."""
-    source = tutorial.patched(Path(path).read_text("utf-8"), "MAPPO", 0, iterations)
+    source = torchrl_tutorial.patched(Path(path).read_text("utf-8"), "MAPPO", 0, iterations)
     source += "print('SECONDS', pbar.last_print_t - pbar.start_t)\n"
 
     def measure():
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "tutorial.py").write_text(source, "utf-8")
+            Path(folder, "multiagent_ppo.py").write_text(source, "utf-8")
             environment = os.environ | {"MPLBACKEND": "agg", "CUDA_VISIBLE_DEVICES": ""}
             said = subprocess.run(
-                [sys.executable, "tutorial.py"],
+                [sys.executable, "multiagent_ppo.py"],
                 cwd=folder,
                 env=environment | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
                 check=True,
@@ -146,10 +151,10 @@ class BareUpdate:
         frames = names["batch"].reshape(-1)  # (frames_per_batch,)
         keys = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
         self.tensors = [frames[key].clone() for key in [*keys, "advantage", "value_target"]]
-        self.names = names
+        self.names, self.cfg = names, names["cfg"]
         self.policy, self.critic = self.copy(names["policy"]), self.copy(names["critic"])
         self.parameters = [*self.policy.parameters(), *self.critic.parameters()]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=names["lr"], fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=names["cfg"].lr, fused=True)
 
     @staticmethod
     def copy(network):
@@ -167,7 +172,7 @@ class BareUpdate:
 
     def loss(self, observation, action, old_log_prob, advantage, value_target, entropy_eps):
         """Return the loss of a minibatch; all tensors are (minibatch_size, n_agents, ...)."""
-        clip_epsilon = self.names["clip_epsilon"]
+        clip_epsilon = self.cfg.clip_epsilon
         std, mean = torch.std_mean(advantage, dim=0)
         advantage = (advantage - mean) / std
         loc, scale = self.policy(observation).chunk(2, dim=-1)
@@ -180,16 +185,16 @@ class BareUpdate:
         entropy = -self.log_prob(normal, normal.rsample()).mean()
         value = self.critic(observation.flatten(1)).unsqueeze(1).expand_as(value_target)
         value_loss = nn.functional.smooth_l1_loss(value, value_target)
-        return self.names["critic_coeff"] * value_loss - objective - entropy_eps * entropy
+        return self.cfg.critic_coeff * value_loss - objective - entropy_eps * entropy
 
     def epoch(self):
         """Pass over the frames once, in minibatches without replacement."""
         order = torch.randperm(len(self.tensors[0]))
-        for rows in order.split(self.names["minibatch_size"]):
+        for rows in order.split(self.cfg.minibatch_size):
             minibatch = [tensor[rows] for tensor in self.tensors]
             self.optimizer.zero_grad()
-            self.loss(*minibatch, self.names["entropy_eps"]).backward()
-            nn.utils.clip_grad_norm_(self.parameters, self.names["max_grad_norm"])
+            self.loss(*minibatch, self.cfg.entropy_eps).backward()
+            nn.utils.clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
             self.optimizer.step()
 
     def check(self):
@@ -197,7 +202,7 @@ class BareUpdate:
 
         Without the entropy bonus, as each samples the entropy for itself.
         """
-        size, loss_module = self.names["minibatch_size"], self.names["loss_module"]
+        size, loss_module = self.cfg.minibatch_size, self.names["loss_module"]
         losses = loss_module(self.names["batch"].reshape(-1)[:size])
         loss_module.zero_grad()
         (losses["loss_objective"] + losses["loss_critic"]).backward()
@@ -218,10 +223,10 @@ def benchmark_update(names, turns):
             losses = loss_module(minibatch)
             optimizer.zero_grad()
             (losses["loss_objective"] + losses["loss_critic"] + losses["loss_entropy"]).backward()
-            nn.utils.clip_grad_norm_(loss_module.parameters(), names["max_grad_norm"])
+            nn.utils.clip_grad_norm_(loss_module.parameters(), names["cfg"].max_grad_norm)
             optimizer.step()
 
-    steps = names["frames_per_batch"] // names["minibatch_size"]
+    steps = names["cfg"].frames_per_batch // names["cfg"].minibatch_size
     works = {"bare PyTorch": (steps, timed(bare.epoch)), "train_mappo.py": (steps, timed(epoch))}
     return take_turns("gradient step", "gradient step", works, turns)
 
@@ -236,10 +241,10 @@ def benchmark_collection(num_vmas_envs, turns):
 
     def step_alone():
         simulator.reset()
-        for _ in range(names["max_steps"]):
+        for _ in range(names["cfg"].max_steps):
             simulator.step(simulator.get_random_actions())
 
-    frames = names["frames_per_batch"]
+    frames = names["cfg"].frames_per_batch
     works = {
         "VMAS alone, random actions": (frames, timed(step_alone)),
         "train_mappo.py": (frames, timed(names["collector"].next)),

@@ -1,151 +1,48 @@
-"""From the rows of results.csv to numbers, and from these to tables in Markdown and figures."""
+"""From the rows of the study to the tables and figures of its README."""
 
-import numpy as np
+import re
+from pathlib import Path
+
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy import stats
 
-KEY = ["experiment", "options", "variant", "algorithm", "seed"]  # which run it is
-EVALUATION = ["success_rate", "episode_reward", "episode_length", "collisions"]
-METRICS = ["episode_reward", "success_rate", "collisions", "loss_critic", "entropy", "kl_approx"]
-METRICS += ["clip_fraction", "explained_variance", "advantage_std"]  # of metrics.csv
-ARRIVALS = ["value_at_arrival", "reward_at_arrival", "advantage_at_arrival"]
-CURVES = [f"curve_{name}" for name in [*METRICS, *ARRIVALS, "value_slope"]]
+STUDY = Path(__file__).resolve().parent
+RESULTS = STUDY / "results.csv"  # by study.py
+ARCHIVE = STUDY / "archive.csv"  # by earlier versions of study.py and train_mappo.py
+TUTORIAL = STUDY / "torchrl_tutorial.csv"  # by torchrl_tutorial.py
+TRANSFER = STUDY / "transfer.csv"  # by transfer.py
+SPEED = STUDY / "speed.csv"  # by benchmark.py
+KEY = ["experiment", "options", "variant", "algorithm", "seed"]  # which run a row belongs to
 
+SUCCESS, REWARD, STEPS = "test_success_rate", "test_episode_reward", "test_episode_length"
 TITLES = {
-    "success_rate": "success rate",
-    "episode_reward": "reward per agent",
-    "episode_length": "steps",
-    "successful_length": "steps of successful episodes",
-    "value_slope": "slope of the value",
-    "curve_value_slope": "slope of the value",
-    "curve_value_at_arrival": "value before it",
-    "curve_reward_at_arrival": "reward of it",
-    "curve_advantage_at_arrival": "advantage of it, in standard deviations",
-    "curve_episode_reward": "training reward",
-    "curve_explained_variance": "explained variance",
-    "curve_advantage_std": "standard deviation of the advantages",
+    SUCCESS: "success",
+    REWARD: "reward",
+    STEPS: "steps",
+    "test_collisions": "collisions",
+    "episode_reward": "training reward",
+    "explained_variance": "explained variance",
+    "slope": "slope",
+    "rho": "rho",
+    "predicted_slope": "predicted slope",
 }
-DIGITS = {"success_rate": 3, "episode_length": 1, "successful_length": 1, "collisions": 3}  # or 2
-LESS_IS_BETTER = ["episode_length", "successful_length", "collisions"]
-TRUSTED = 0.85  # the least coverage with which an interval is shown
+DIGITS = {STEPS: 1, "test_collisions": 3}  # others have 2
+LESS_IS_BETTER = [STEPS, "test_collisions"]
+BAND = ["episode_reward", "success_rate", "collisions", "loss_critic", "entropy", "kl_approx"]
+BAND += ["clip_fraction", "explained_variance", "advantage_std"]
 
 
-# ----------------------------------------------------------------------------- rows to numbers
+def read(path):
+    """Return the rows of a .csv as numbers, or an empty table if there is no such file.
 
-
-def tidy(rows):
-    """Return results.csv as numbers: a line for each run and iteration, sorted.
-
-    Its columns are KEY, "iterations" (from 1 on), the curves, and the evaluation where there was
-    one. The steps of successful episodes are those of runs with max_steps = 100.
+    `after` is how many iterations a run had done, and `last` is True in the last row of a run.
     """
-    rows = rows.astype({"seed": int}).set_index(KEY)
-    columns = []
-    for name in CURVES:
-        found = rows[name].str.split().explode().dropna().astype(float).to_frame()
-        found["iterations"] = found.groupby(KEY).cumcount() + 1
-        columns.append(found.set_index("iterations", append=True))
-    for name in [*EVALUATION, "value_slope"]:
-        found = rows.loc[rows[name] != "", ["evaluated_after", name]]
-        found = found.apply(lambda column: column.str.split()).explode(["evaluated_after", name])
-        found = found.astype({"evaluated_after": int, name: float})
-        found = found.rename(columns={"evaluated_after": "iterations"})
-        columns.append(found.set_index("iterations", append=True))
-    order = [name != "algorithm" for name in [*KEY, "iterations"]]  # MAPPO before IPPO
-    table = pd.concat(columns, axis=1).sort_index(ascending=order)
-    failed = 1 - table["success_rate"]
-    table["successful_length"] = (table["episode_length"] - 100 * failed) / (1 - failed)
-    return table.reset_index()
-
-
-def choose(table, runs):
-    """Return the lines of `runs`: after their stops, or at the end of each if they have none."""
-    same = (table[["experiment", "options", "variant"]] == list(runs[:3])).all(axis=1)
-    same &= table["algorithm"].isin(runs.algorithms) & table["seed"].isin(runs.seeds)
-    found = table[same]
-    if runs.stops:
-        return found[found["iterations"].isin(runs.stops)]
-    return found.groupby(["algorithm", "seed"]).tail(1)
-
-
-def gather(table, groups):
-    """Return the lines of `groups`, a dictionary of a label and runs (or a list of them).
-
-    The index is (label, algorithm, iterations, seed). A label without rows is left out.
-    """
-    lists = {label: runs if isinstance(runs, list) else [runs] for label, runs in groups.items()}
-    parts = [
-        choose(table, one).assign(label=label) for label, many in lists.items() for one in many
-    ]
-    return pd.concat(parts).set_index(["label", "algorithm", "iterations", "seed"])
-
-
-# ----------------------------------------------------------------------------------- statistics
-
-
-def coverage(differences, draws=20_000):
-    """Return how often Student's 95% interval of the mean holds the mean of its population.
-
-    The samples are as large as `differences`, and drawn from them.
-    """
-    n, generator = len(differences), np.random.default_rng(0)
-    samples = generator.choice(differences.to_numpy(), (draws, n))
-    width = stats.t.ppf(0.975, n - 1) * stats.sem(samples, axis=1)
-    return (np.abs(samples.mean(axis=1) - differences.mean()) <= width + 1e-12).mean()
-
-
-def sign_of(name):
-    """Return -1 for a measurement of which less is better, otherwise 1."""
-    return -1 if name in LESS_IS_BETTER else 1
-
-
-def summary(runs):
-    """Return the mean over runs with the worst of them, or with the range of a curve or slope.
-
-    Such as "0.953 (worst 0.920)" and "0.37 (0.35 to 0.39)"; "" if there are no numbers.
-    """
-    if runs.isna().all():
-        return ""
-    digits = DIGITS.get(runs.name, 2)
-    mean, low, high = (f"{x:.{digits}f}" for x in (runs.mean(), runs.min(), runs.max()))
-    if runs.name in [*EVALUATION, "successful_length"]:
-        return f"{mean} (worst {low if sign_of(runs.name) == 1 else high})"
-    return f"{mean} ({low} to {high})"
-
-
-def difference(ours, theirs):
-    """Compare runs with the same seeds: mean difference, 95% interval, and pairs that are better.
-
-    Such as "+0.08 [+0.02, +0.14], 9 of 10". Without the interval if it could not be trusted, as its
-    coverage is below TRUSTED. Both are Series indexed by seed.
-    """
-    ours, theirs = ours.align(theirs, join="inner")
-    gaps, digits = ours - theirs, DIGITS.get(ours.name, 2)
-    if not gaps.any():
-        return "none"
-    text = f"{gaps.mean():+.{digits}f}"
-    if gaps.nunique() > 1 and coverage(gaps) >= TRUSTED:
-        low, high = stats.ttest_rel(ours, theirs).confidence_interval()
-        text += f" [{low:+.{digits}f}, {high:+.{digits}f}]"
-    return f"{text}, {(sign_of(ours.name) * gaps > 0).sum()} of {len(gaps)}"
-
-
-def probability_better(ours, theirs):
-    """Return the probability that one of our runs is better than one of theirs; ties count half.
-
-    The probability of improvement of Agarwal et al. 2021, arXiv:2108.13264.
-    """
-    sign = sign_of(ours.name)
-    test = stats.mannwhitneyu(sign * ours, sign * theirs, method="asymptotic")
-    return f"{test.statistic / (len(ours) * len(theirs)):.2f}"
-
-
-def compare(ours, theirs):
-    """Return `difference` and `probability_better`, or empty cells if one of them is empty."""
-    if ours.empty or theirs.empty:
-        return ["", ""]
-    return [difference(ours, theirs), probability_better(ours, theirs)]
+    if not path.exists():
+        return pd.DataFrame(columns=[*KEY, "script", "iteration", "after", "last"])
+    rows = pd.read_csv(path, dtype={"script": str}).fillna(dict.fromkeys(KEY[1:3], ""))
+    rows["after"] = rows["iteration"] + 1
+    rows["last"] = rows["after"] == rows.groupby(KEY)["after"].transform("max")
+    return rows
 
 
 # --------------------------------------------------------------------------------------- tables
@@ -157,80 +54,108 @@ def markdown(head, lines):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def stops_of(data):
-    """Return the numbers of iterations shown, if a label has more than one; otherwise []."""
-    stops = data.reset_index().groupby("label")["iterations"].unique()
-    return sorted(set().union(*stops)) if stops.map(len).max() > 1 else []
+def summary(values):
+    """Return the mean over runs with the worst of them, or with the range if none is the worst.
 
-
-def versus(data, columns=EVALUATION):
-    """Compare MAPPO with IPPO: a line for each label, number of iterations and measurement."""
-    lines, stops = [], stops_of(data)
-    for (label, iterations), runs in data.groupby(["label", "iterations"], sort=False):
-        label = f"{label} {iterations} iterations".strip() if stops else label
-        for name in columns:
-            wide = runs[name].unstack("algorithm").droplevel(["label", "iterations"])
-            ours, theirs = (wide.get(one, wide.iloc[:0, 0]).dropna() for one in STYLE)
-            ours.name = theirs.name = name
-            line = [label, TITLES.get(name, name), summary(ours), summary(theirs)]
-            lines.append([*line, *compare(ours, theirs), max(len(ours), len(theirs))])
-    return markdown(["", "", "MAPPO", "IPPO", "difference", "P(MAPPO better)", "runs"], lines)
-
-
-def grid(data, columns=EVALUATION, against=None):
-    """Show a line for each label; measurements after several iterations have a column for each.
-
-    `against` is a measurement in which each label is compared with the first one.
+    Such as "0.95 (worst 0.92)" and "0.37 (0.35 to 0.39)"; "" if there are no numbers.
     """
-    lines, stops, first = [], stops_of(data), None
-    for label, runs in data.groupby("label", sort=False):
-        runs = runs.reset_index().set_index("seed")
-        parts = [runs[runs["iterations"] == stop] for stop in stops] or [runs]
-        line = [label, *(summary(part[name]) for name in columns for part in parts)]
-        if against is not None:
-            line += ["", ""] if first is None else compare(runs[against], first)
-            first = runs[against] if first is None else first
-        lines.append([*line, runs.index.nunique()])
-    titles = [TITLES.get(name, name) for name in columns]
-    head = [f"{title}, iteration {stop}" for title in titles for stop in stops] or titles
-    head += [f"{TITLES[against]}: difference to the first", "P(better)"] if against else []
-    return markdown(["", *head, "runs"], lines)
+    values, digits = values.dropna(), DIGITS.get(values.name, 2)
+    if values.empty:
+        return ""
+    mean, low, high = (f"{x:.{digits}f}" for x in (values.mean(), values.min(), values.max()))
+    if values.name == SUCCESS or values.name in LESS_IS_BETTER:
+        return f"{mean} (worst {low if values.name == SUCCESS else high})"
+    return f"{mean} ({low} to {high})"
 
 
-def band(data):
-    """Show the range over runs of each column of metrics.csv."""
-    groups = data.groupby(["algorithm", "iterations"], sort=False)
-    cells = groups[[f"curve_{name}" for name in METRICS]].agg(["min", "max"])
-    head = [f"{algorithm}, iteration {stop}" for algorithm, stop in cells.index]
+def choose(rows, experiment, algorithm, after):
+    """Return an experiment's rows after so many iterations, or at the end of its runs if None."""
+    same = (rows["experiment"] == experiment) & (rows["algorithm"] == algorithm)
+    return rows[same & (rows["last"] if after is None else rows["after"] == after)]
+
+
+def grid(rows, labels, columns):
+    """Show a line for each label and algorithm.
+
+    `labels` are {label: experiment}, and `columns` are {column: numbers of iterations}, where None
+    means the end of the run.
+    """
+    cells = [(column, after) for column, stops in columns.items() for after in stops]
+    lines = []
+    for label, experiment in labels.items():
+        there = set(rows.loc[rows["experiment"] == experiment, "algorithm"])
+        for algorithm in sorted(there, reverse=True):  # MAPPO before IPPO
+            runs = rows[(rows["experiment"] == experiment) & (rows["algorithm"] == algorithm)]
+            shown = [summary(choose(runs, experiment, algorithm, at)[name]) for name, at in cells]
+            lines.append([label, algorithm, *shown, runs["seed"].nunique()])
+    head = [TITLES[name] + (f" after {after}" if after else "") for name, after in cells]
+    return markdown(["", "", *head, "runs"], lines)
+
+
+def versus(rows, labels, columns=(SUCCESS, STEPS), after=None):
+    """Compare MAPPO with IPPO: a line for each label, and how often MAPPO is better on a seed."""
+    lines = []
+    for label, experiment in labels.items():
+        line, pairs = [label], 0
+        for name in columns:
+            runs = [choose(rows, experiment, one, after) for one in ("MAPPO", "IPPO")]
+            ours, theirs = (one.set_index("seed")[name] for one in runs)
+            gaps = (ours - theirs).dropna() * (-1 if name in LESS_IS_BETTER else 1)
+            pairs = max(pairs, len(gaps))
+            line += [summary(ours), summary(theirs), f"{(gaps > 0).sum()} of {len(gaps)}"]
+        if pairs:
+            lines.append(line)
+    head = [x for name in columns for x in (f"{TITLES[name]}, MAPPO", "IPPO", "MAPPO better")]
+    return markdown(["", *head], lines)
+
+
+def band(rows, experiment):
+    """Show the range over runs of each column of metrics.csv, after the first and the tenth."""
+    runs = [choose(rows, experiment, one, at) for one in ("MAPPO", "IPPO") for at in (1, 10)]
+    head = [f"{one}, iteration {at}" for one in ("MAPPO", "IPPO") for at in (1, 10)]
     lines = [
-        [f"`{name}`", *(f"{low:.3g} to {high:.3g}" for low, high in cells[f"curve_{name}"].values)]
-        for name in METRICS
+        [f"`{name}`", *(f"{one[name].min():.3g} to {one[name].max():.3g}" for one in runs)]
+        for name in BAND
     ]
     return markdown(["", *head], lines)
 
 
-def transfer(rows):
-    """Show how policies trained in one team act in others; `rows` are those of transfer.csv."""
-    rows = rows.astype({"n_agents": int} | dict.fromkeys(EVALUATION, float))
+def tutorial():
+    """Show the training reward of TorchRL's tutorial: mean and, in brackets, the lowest run."""
+    rows, stops = pd.read_csv(TUTORIAL), [1, 5, 10, 12, 15, 20, 25]
+    lines = []
+    for algorithm, runs in rows.groupby("algorithm", sort=False):
+        rewards = [runs.loc[runs["iteration"] == at - 1, "episode_reward_mean"] for at in stops]
+        cells = [f"{found.mean():.2f} (worst {found.min():.2f})" for found in rewards]
+        lines.append([algorithm, *cells, runs["seed"].nunique()])
+    return markdown(["training reward after", *stops, "runs"], lines)
+
+
+def transfer():
+    """Show how policies trained in one team act in others."""
+    rows = pd.read_csv(TRANSFER)
+    columns = ["success_rate", "episode_reward", "episode_length", "collisions"]
+    rows = rows.rename(columns={name: f"test_{name}" for name in columns})
+    shown = [f"test_{name}" for name in columns]
     lines = [
-        [f"{n_agents} robots", *(summary(runs[name]) for name in EVALUATION), len(runs)]
+        [f"{n_agents} robots", *(summary(runs[name]) for name in shown), len(runs)]
         for n_agents, runs in rows.groupby("n_agents")
     ]
-    return markdown(["", *(TITLES.get(name, name) for name in EVALUATION), "runs"], lines)
+    return markdown(["", *(TITLES[name] for name in shown), "runs"], lines)
 
 
-def speed(rows):
+def speed(rows=None):
     """Show median times, and the ratio, turn by turn, to what comes first in the same part.
 
-    `rows` are those of speed.csv. A ratio is the median over the turns, with lowest and highest.
+    A ratio is the median over the turns, with the lowest and the highest.
     """
-    rows = rows.assign(each=rows["seconds"].astype(float) / rows["amount"].astype(float))
+    rows = pd.read_csv(SPEED) if rows is None else rows
+    rows = rows.assign(each=rows["seconds"] / rows["amount"])
     forms = {"gradient step": lambda s: f"{1000 * s:.2f} ms", "frame": lambda s: f"{1 / s:,.0f}/s"}
     lines = []
     for (part, unit), found in rows.groupby(["part", "unit"], sort=False):
-        turns = found.set_index("turn").groupby("name", sort=False)["each"]
         first = None
-        for name, taken in turns:
+        for name, taken in found.set_index("turn").groupby("name", sort=False)["each"]:
             first = taken if first is None else first
             ratio = taken / first
             text = f"{ratio.median():.2f} ({ratio.min():.2f} to {ratio.max():.2f})"
@@ -239,49 +164,231 @@ def speed(rows):
     return markdown(["", "", "median", "times the first"], lines)
 
 
-# -------------------------------------------------------------------------------------- figures
-
-STYLE = {
-    "MAPPO": {"color": "tab:blue", "marker": "o", "markerfacecolor": "tab:blue", "linestyle": "-"},
-    "IPPO": {"color": "tab:orange", "marker": "s", "markerfacecolor": "white", "linestyle": "--"},
+DEFAULTS = {"the defaults": "defaults"}
+REMEDIES = {
+    "the defaults": "defaults",
+    "individual rewards": "individual",
+    "gamma 0.9": "gamma",
+    "gamma 0.9, lambda 0": "gamma-lambda",
+    "the others' distance as an input": "one-number",
+    "arrivals bootstrapped": "bootstrapped",
+    "lambda 1": "lambda",
+    "value normalization": "value-norm",
+}
+CORRELATION = {
+    "the defaults": "defaults",
+    "individual rewards": "individual",
+    "goals that move on": "moving",
+    "goals equally far away": "equal",
+    "one robot drives at a time": "turns",
+    "the same square, all drive": "close",
+}
+TEN_TO_TWENTY = [10, 15, 20]
+NEW = {  # tables of results.csv: {name: (function, arguments)}
+    "defaults": (grid, {"labels": DEFAULTS, "columns": {SUCCESS: [5, 10, 15, 20]}}),
+    "slopes": (
+        grid,
+        {
+            "labels": DEFAULTS,
+            "columns": {
+                "rho": [10, 20],
+                "predicted_slope": [10, 20],
+                "slope": [5, 10, 15, 20],
+                "explained_variance": [10, 20],
+            },
+        },
+    ),
+    "correlation": (
+        grid,
+        {
+            "labels": CORRELATION,
+            "columns": {
+                "rho": [20],
+                "predicted_slope": [20],
+                "slope": [15, 20],
+                SUCCESS: TEN_TO_TWENTY,
+                REWARD: [20],
+            },
+        },
+    ),
+    "remedies": (
+        grid,
+        {
+            "labels": REMEDIES,
+            "columns": {SUCCESS: [*TEN_TO_TWENTY, 25, 30], "slope": [15, 20, 30]},
+        },
+    ),
+    "band": (band, {"experiment": "defaults"}),
+}
+OLD = {  # tables of archive.csv
+    "fifty": (
+        grid,
+        {
+            "labels": {"50 iterations": "50-iterations"},
+            "columns": {SUCCESS: [20, 30, 40, 50], REWARD: [20, 30, 40, 50]},
+        },
+    ),
+    "fresh": (versus, {"labels": {"seeds 10 to 19, 10 iterations": "fresh"}}),
+    "epochs": (
+        grid,
+        {
+            "labels": {"10 epochs, 50 iterations": "10-epochs", "5 epochs, 70": "5-epochs"},
+            "columns": {"episode_reward": [10, 20, 30, 50], SUCCESS: [None]},
+        },
+    ),
+    "remedies-15": (
+        grid,
+        {
+            "labels": {
+                "individual rewards": "individual-rewards",
+                "gamma 0.9": "gamma-0.9",
+                "lambda 1": "lambda-1",
+                "arrivals bootstrapped": "arrivals-bootstrapped",
+                "the others' distance as an input": "others-distance",
+            },
+            "columns": {SUCCESS: [15, 20], STEPS: [15]},
+        },
+    ),
+    "eight": (
+        grid,
+        {
+            "labels": {
+                "shared reward": "eight-shared",
+                "shared reward, seeds 10 to 19": "eight-shared-fresh",
+                "individual rewards": "eight-individual",
+                "individual rewards, seeds 10 to 19": "eight-individual-fresh",
+                "shared reward, the others' distance as an input": "eight-others-distance",
+                "shared reward, its own distance as an input": "eight-own-distance",
+            },
+            "columns": {SUCCESS: [None], STEPS: [None]},
+        },
+    ),
+    "transport": (
+        grid,
+        {
+            "labels": {"reverse_transport": "reverse-transport"},
+            "columns": {SUCCESS: [5, 10, 20, 40], STEPS: [10, 20, 40]},
+        },
+    ),
+    "sharing": (
+        grid,
+        {
+            "labels": {
+                "all shared": "15-iterations",
+                "separate policies": "separate-policies",
+                "separate critics": "separate-critics",
+                "separate policies and critics": "separate-both",
+                "separate policies, three times the frames": "separate-policies-frames",
+                "separate policies, 30 iterations": "separate-policies-30",
+            },
+            "columns": {SUCCESS: [10, 30], STEPS: [10, 30]},
+        },
+    ),
+    "recipes": (
+        versus,
+        {
+            "labels": {
+                "quick": "quick",
+                "quick, seeds 30 to 49": "quick-fresh",
+                "thorough": "thorough",
+            }
+        },
+    ),
+    "teams": (versus, {"labels": {f"{n} robots": f"team-of-{n}" for n in (2, 4, 8)}}),
+}
+OTHER = {  # tables of other files: {name: (function, file, how its rows are made)}
+    "tutorial": (tutorial, TUTORIAL, "torchrl_tutorial.py multiagent_ppo.py"),
+    "transfer": (transfer, TRANSFER, "transfer.py"),
+    "speed": (speed, SPEED, "benchmark.py --record"),
 }
 
 
-def draw_runs(data):
-    """Draw success rate and steps: a mark for each run and a line for the mean of each label."""
-    groups = data.groupby(["label", "algorithm"], sort=False)
-    figure = Figure(figsize=(8, 1 + 0.35 * len(groups)), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    labels = []
-    for place, ((label, algorithm), runs) in enumerate(groups):
-        labels.append(label if algorithm in label else f"{label}, {algorithm}")
-        where = place + np.linspace(-0.25, 0.25, len(runs))
-        for axes, name in zip(panels, ("success_rate", "episode_length"), strict=True):
-            style = STYLE[algorithm] | {"linestyle": "none", "markersize": 4}
-            axes.plot(runs[name], where, **style)
-            axes.vlines(runs[name].mean(), place - 0.35, place + 0.35, color="black", linewidth=2)
-            axes.grid(axis="x", alpha=0.3)
-    panels[0].set_yticks(range(len(labels)), labels)
-    panels[0].set(ylim=(len(labels) - 0.5, -0.5), xlim=(-0.03, 1.03), xlabel="success rate")
-    panels[1].set_xlabel("steps, 100 for a failed episode")
-    return figure
+def source_of(rows, labels, archived):
+    """Return the line below a table that says how its rows were made."""
+    used = [name for name in dict.fromkeys(labels.values()) if (rows["experiment"] == name).any()]
+    scripts = set(rows.loc[rows["experiment"].isin(used), "script"].dropna().astype(str)) - {""}
+    if archived:
+        return f"*Made with an earlier version of the file: {', '.join(used)} in archive.csv.*"
+    versions = ", ".join(f"`{script}`" for script in sorted(scripts))
+    return f"*`study.py run {' '.join(used)}`, train_mappo.py {versions}.*"
 
 
-def draw_over_time(data, columns):
-    """Draw measurements over iterations: a thin line for each run, a thick one for their mean.
+def make_table(name, results, archive):
+    """Return the table of README.md that is called `name`, and how its rows were made."""
+    if name in OTHER:
+        show, path, command = OTHER[name]
+        return f"{show()}\n\n*`{command}`*" if path.exists() else "*Not run yet.*"
+    rows = results if name in NEW else archive
+    show, how = (NEW | OLD)[name]
+    labels = how["labels"] if "labels" in how else {name: how["experiment"]}
+    if not rows["experiment"].isin(labels.values()).any():
+        return "*Not run yet.*"
+    return f"{show(rows, **how)}\n\n{source_of(rows, labels, name in OLD)}"
 
-    `columns` are {measurement: (title, limits)}.
+
+def with_tables(text, results, archive):
+    """Return a README's text with new tables between <!-- table:NAME --> and <!-- /table -->."""
+    return re.sub(
+        r"<!-- table:([\w-]+) -->.*?<!-- /table -->",
+        lambda mark: (
+            f"<!-- table:{mark[1]} -->\n{make_table(mark[1], results, archive)}\n<!-- /table -->"
+        ),
+        text,
+        flags=re.DOTALL,
+    )
+
+
+# -------------------------------------------------------------------------------------- figures
+
+STYLE = {
+    "MAPPO": {"color": "tab:blue", "linestyle": "-"},
+    "IPPO": {"color": "tab:orange", "linestyle": "--"},
+}
+PANELS = {  # of a figure: {column: title}
+    SUCCESS: "success rate in test episodes",
+    "slope": "slope of the value",
+    "rho": "correlation of the remaining distances",
+    "predicted_slope": "slope predicted from the distances",
+}
+
+
+def draw(rows, labels, columns):
+    """Draw columns, one below the other, over iterations; a column of panels for each label.
+
+    A thin line is a run, and a thick one the mean of the runs.
     """
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(columns))
-    for axes, (name, (title, limits)) in zip(panels, columns.items(), strict=True):
-        for algorithm, runs in data[name].dropna().groupby("algorithm", sort=False):
-            runs = runs.droplevel(["label", "algorithm"]).unstack("seed")
-            axes.plot(runs, color=STYLE[algorithm]["color"], linewidth=0.6, alpha=0.5)
-            label = f"{algorithm}, mean of {runs.shape[1]} runs"
-            axes.plot(runs.mean(axis=1), **STYLE[algorithm], linewidth=2.5, label=label)
-        axes.set(xlabel="iterations", title=title, ylim=limits)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(axis="y", alpha=0.3)
-    panels[0].legend(fontsize="small")
+    size = (1 + 4.4 * len(labels), 0.8 + 2.6 * len(columns))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(columns), len(labels), sharex=True, sharey="row", squeeze=False)
+    for place, (label, experiment) in enumerate(labels.items()):
+        for axes, name in zip(panels[:, place], columns, strict=True):
+            axes.set_title(f"{label}: {PANELS[name]}" if len(labels) > 1 else PANELS[name])
+            for algorithm, style in STYLE.items():
+                same = (rows["experiment"] == experiment) & (rows["algorithm"] == algorithm)
+                runs = rows[same].pivot(index="after", columns="seed", values=name).dropna()
+                if len(runs):
+                    axes.plot(runs, **style, linewidth=0.7, alpha=0.45)
+                    text = f"{algorithm}, mean of {runs.shape[1]}"
+                    axes.plot(runs.mean(axis=1), **style, linewidth=3.5, label=text)
+            if name == SUCCESS:
+                axes.set_ylim(-0.03, 1.03)
+            if "slope" in name:  # above it, progress has a negative advantage
+                axes.axhspan(1.0, 1.1, color="black", alpha=0.15)
+                axes.axhline(1.05, color="black", linestyle=":", linewidth=1.5)
+                axes.text(1, 1.13, "above the band, progress is a loss")
+                axes.set_ylim(-0.1, 2.1)
+            axes.grid(axis="y", alpha=0.3)
+            axes.tick_params(labelbottom=True)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        panels[-1, place].set_xlabel("iterations")
+    panels[0, 0].legend(loc="best")
     return figure
+
+
+CUT = {name: CORRELATION[name] for name in ("goals that move on", "goals equally far away")}
+CUT |= {"one robot drives at a time": "turns"}
+FIGURES = {  # {name: (labels, columns)}
+    "slopes": (DEFAULTS, [SUCCESS, "slope"]),
+    "rho": (DEFAULTS, ["rho", "predicted_slope"]),
+    "correlation": (CUT, [SUCCESS, "slope"]),
+}

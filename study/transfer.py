@@ -14,13 +14,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import torch
 from tqdm import tqdm
 
 from benchmark import run_script
-from study import EVALUATION, SCRIPT, TRANSFER, add_row, read_rows
+from study import SCRIPT, add_rows, read_rows
+from tables import TRANSFER
 
 TEAMS = [2, 3, 4, 5, 8]
+MEASURES = ["success_rate", "episode_reward", "episode_length", "collisions"]
 RUNS = Path("runs/transfer")  # where the ten runs are trained, and resumed
 
 
@@ -53,7 +56,7 @@ def evaluate(names, path):
 def run_lacking(paths):
     """Evaluate each policy in each team for which transfer.csv has no row."""
     rows = read_rows(TRANSFER)
-    have = set(zip(rows.get("n_agents", []), rows.get("seed", []), strict=True))
+    have = set(zip(rows.get("n_agents", []), rows["seed"], strict=True))
     for n_agents in tqdm(TEAMS, desc="teams"):
         names = make_team(n_agents)
         for path in tqdm(paths, desc=f"{n_agents} robots", leave=False):
@@ -61,7 +64,8 @@ def run_lacking(paths):
             if (str(n_agents), str(settings["seed"])) not in have:
                 measured = evaluate(names, path)
                 row = {"n_agents": n_agents, "seed": settings["seed"]}
-                add_row(row | {name: f"{measured[name]:.4f}" for name in EVALUATION}, TRANSFER)
+                row |= {name: f"{measured[name]:.4f}" for name in MEASURES}
+                add_rows(pd.DataFrame([row]), TRANSFER)
 
 
 if __name__ == "__main__":

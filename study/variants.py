@@ -1,13 +1,123 @@
-# ruff: noqa: F811, F821
-"""Changes to the method that the study compares, as cells for train_mappo.py.
+# ruff: noqa: E402, F811, F821
+"""Changes to the lesson that the study compares, as cells for train_mappo.py.
 
-study.py puts the cells of a variant into a copy of that file, in front of the cell that `before`
-names: the one that assigns this name, or the training loop's. You can paste them there, too. Their
-names are those of train_mappo.py.
+study.py puts the cells of a variant into a copy of that file, in front of the cell whose id is
+`before`. You can paste them there, too. Their names are those of train_mappo.py.
 """
 
 
-# %% others' distance before="estimate_advantages"
+# %% slopes before="loop"
+class MeasuredRun(SavedRun):
+    """A run whose history also says what its critic has learned, after each iteration tested."""
+
+    def save(self, history, learner):
+        if test_key in history[-1]:
+            history[-1] |= measure_slope()
+        super().save(history, learner)
+
+
+def measure_slope(step=0.05):
+    """Return the value's slope, the correlation of the distances left, and the slope it predicts.
+
+    The slope is the lesson's `value_slope()`. The other two are means over the robots in the same
+    batch: the correlation `rho` of the distances that two robots have left, and the coefficient of
+    a linear regression of the team's distance left, summed, on one robot's own.
+    """
+    env.set_seed(seed_for("slope"))
+    torch.manual_seed(seed_for("slope"))
+    seen = collector.next()["agents", "observation"]  # (num_envs, max_steps, n_agents, n_obs)
+    drops = []
+    for robot in range(env.n_agents):
+        from_goal = seen[..., robot, 4:6]  # its position minus its goal
+        distance = from_goal.norm(dim=-1, keepdim=True)
+        closer = seen.clone()
+        closer[..., robot, 0:2] -= step * from_goal / distance  # its position
+        closer[..., robot, 4:6] -= step * from_goal / distance
+        with torch.no_grad():
+            drop = (critic_network(seen) - critic_network(closer))[..., robot, 0]
+        drops.append(drop[distance.squeeze(-1) > 0.1])
+    left = seen[..., 4:6].norm(dim=-1).flatten(0, 1).T  # (n_agents, frames)
+    covariance, correlation = left.cov(), left.corrcoef()
+    pairs = env.n_agents * (env.n_agents - 1)
+    return {
+        "slope": torch.cat(drops).mean().item() / step,
+        "rho": ((correlation.sum() - correlation.trace()) / pairs).item(),
+        "predicted_slope": (covariance.sum(1) / covariance.diagonal()).mean().item(),
+    }
+
+
+run = MeasuredRun(cfg, is_program)
+
+# %% goals that move on before="engineering"
+from vmas.scenarios.navigation import Scenario as Navigation
+
+
+class GoalsMoveOn(Navigation):
+    """A robot that arrives gets a new random goal, and the episode lasts until its time is up."""
+
+    def agent_reward(self, agent):
+        progress = super().agent_reward(agent)
+        arrived = (agent.distance_to_goal < agent.shape.radius).unsqueeze(-1)
+        goal, new = agent.goal.state.pos, 2 * torch.rand_like(agent.state.pos) - 1
+        agent.goal.set_pos(torch.where(arrived, new, goal), batch_index=None)
+        agent.pos_shaping = (agent.state.pos - agent.goal.state.pos).norm(dim=-1)
+        return progress
+
+    def done(self):
+        return torch.zeros(self.world.batch_dim, dtype=torch.bool, device=self.world.device)
+
+
+cfg.scenario_name = GoalsMoveOn
+
+# %% equal distances before="engineering"
+from vmas.scenarios.navigation import Scenario as Navigation
+
+
+class EqualDistances(Navigation):
+    """Each goal is moved along its direction, so that all robots have equally far to go."""
+
+    def reset_world_at(self, env_index=None):
+        super().reset_world_at(env_index)
+        agents, chosen = self.world.agents, slice(None) if env_index is None else [env_index]
+        start = torch.stack([agent.state.pos[chosen] for agent in agents])
+        way = torch.stack([agent.goal.state.pos[chosen] for agent in agents]) - start
+        distance = way.norm(dim=-1, keepdim=True)  # (n_agents, environments, 1)
+        goals = start + way / distance * distance.mean(dim=0)
+        for agent, goal in zip(agents, goals, strict=True):
+            agent.goal.set_pos(goal if env_index is None else goal[0], batch_index=env_index)
+            agent.pos_shaping[chosen] = distance.mean(dim=0).squeeze(-1)
+
+
+cfg.scenario_name = EqualDistances
+
+# %% taking turns before="engineering"
+from vmas.scenarios.navigation import Scenario as Navigation
+
+
+class TakingTurns(Navigation):
+    """Robots drive one after the other, in a random order, so only one robot's motors are on."""
+
+    def make_world(self, batch_dim, device, **options):
+        world = super().make_world(batch_dim, device, **options)
+        self.order = torch.zeros(batch_dim, self.n_agents, device=device)
+        return world
+
+    def reset_world_at(self, env_index=None):
+        super().reset_world_at(env_index)
+        self.order[env_index] = torch.rand_like(self.order[env_index])
+
+    def process_action(self, agent):
+        agents = self.world.agents
+        distance = torch.stack([(a.state.pos - a.goal.state.pos).norm(dim=-1) for a in agents], 1)
+        arrived = distance < agent.shape.radius  # (environments, n_agents)
+        turn = (self.order + arrived).argmin(dim=1)  # the first in order that has not arrived
+        agent.action.u[turn != agents.index(agent)] = 0
+
+
+cfg.scenario_name = TakingTurns
+
+
+# %% others' distance before="gae"
 class CriticWithDistance(MultiAgentMLP):
     """A critic with one more input: the distance that the other robots have left, summed."""
 
@@ -17,26 +127,13 @@ class CriticWithDistance(MultiAgentMLP):
         return super().forward(torch.cat([observation, others], dim=-1))
 
 
-# %% own distance before="estimate_advantages"
-class CriticWithDistance(MultiAgentMLP):
-    """A control: the additional input is the robot's own distance, which it observes anyway."""
-
-    def forward(self, observation):
-        distance = observation[..., 4:6].norm(dim=-1, keepdim=True)  # (..., n_agents, 1)
-        return super().forward(torch.cat([observation, distance], dim=-1))
-
-
-# %% others' distance, own distance before="estimate_advantages"
 torch.manual_seed(seed_for("critic"))
 critic_network = CriticWithDistance(
-    n_agents=env.n_agents,
-    n_agent_inputs=n_obs + 1,
+    **network_options | {"n_agent_inputs": n_obs + 1},
     n_agent_outputs=1,
-    centralized=mappo,
-    share_params=share_parameters_critic,
-    depth=depth,
-    num_cells=num_cells,
-    device=device,
+    centralized=cfg.mappo,
+    share_params=cfg.share_parameters_critic,
+    device=cfg.device,
 )
 orthogonal_init(critic_network, final_gain=1.0)
 critic = TensorDictModule(
@@ -57,46 +154,21 @@ def estimate_advantages(batch):
     batch["next", "terminated"].copy_(terminated)
 
 
-# %% arrivals measured before="loop"
-def measure_arrivals(row):
-    """Put into `row` means over the robots and those steps of the batch that end with a success.
+# %% value normalization before="setup"
+from torchrl.modules import RunningValueNorm
+from torchrl.objectives.multiagent import IPPOLoss
 
-    They are the critic's value before the step, its reward, and its advantage in standard
-    deviations of all advantages.
-    """
-    arrived = batch["next", "terminated"].squeeze(-1)  # (num_vmas_envs, max_steps)
-    advantage = batch["advantage"][arrived].mean().item()
-    row["value_at_arrival"] = batch["agents", "state_value"][arrived].mean().item()
-    row["reward_at_arrival"] = batch["next", "agents", "reward"][arrived].mean().item()
-    row["advantage_at_arrival"] = advantage / batch["advantage"].std().item()
-
-
-after_iteration.insert(0, measure_arrivals)
-
-
-# %% slopes measured before="loop"
-def measure_slope(row):
-    """Put into `row` by how much V_i drops per unit of distance that only robot i is closer.
-
-    As `value_slope` in Section 10 does it, but in the training batch of each iteration.
-    """
-    observation = batch["agents", "observation"]  # (num_vmas_envs, max_steps, n_agents, n_obs)
-    drops = []
-    for robot in range(env.n_agents):
-        to_goal = observation[..., robot, 4:6]
-        distance = to_goal.norm(dim=-1, keepdim=True)
-        closer = observation.clone()
-        closer[..., robot, 0:2] -= 0.05 * to_goal / distance
-        closer[..., robot, 4:6] -= 0.05 * to_goal / distance
-        with torch.no_grad():
-            drop = (critic_network(observation) - critic_network(closer))[..., robot, 0]
-        drops.append(drop[distance.squeeze(-1) > 0.1] / 0.05)
-    row["value_slope"] = torch.cat(drops).mean().item()
-
-
-after_iteration.insert(0, measure_slope)
-
-# %% slopes measured before="the end"
-# The slope that Section 10 prints becomes a part of the evaluation.
-evaluation["trained"]["value_slope"] = value_slope()
-(folder / "evaluation.json").write_text(json.dumps(evaluation))
+loss_module = IPPOLoss(  # as in the lesson, but errors are divided by a standard deviation
+    policy,
+    critic,
+    value_norm=RunningValueNorm(shape=1, device=cfg.device),
+    clip_epsilon=cfg.clip_epsilon,
+    entropy_coeff=cfg.entropy_eps,
+    critic_coeff=cfg.critic_coeff,
+    normalize_advantage=cfg.normalize_advantage,
+    loss_critic_type="smooth_l1",
+    functional=False,
+    log_explained_variance=False,
+)
+loss_module.set_keys(value=("agents", "state_value"), reward=("agents", "reward"))
+optimizer = torch.optim.Adam(loss_module.parameters(), lr=cfg.lr, fused=True)

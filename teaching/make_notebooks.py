@@ -161,7 +161,7 @@ if "OWNER/" in CLONE:
 if not project.exists():
     subprocess.run(["git", "clone", "--depth", "1", CLONE, str(project)], check=True)
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
-subprocess.run([*pip, str(project / "teaching" / "requirements-colab.txt")], check=True)
+subprocess.run([*pip, str(project / "requirements.txt")], check=True)
 os.chdir(project / "teaching" / "student")
 print("Ready. The lesson is lesson.ipynb in", os.getcwd())"""
 
@@ -233,7 +233,8 @@ if __name__ == "__main__":
     names = [name for word in sys.argv[1:] for name in MAKERS if name.startswith(word)]
     unknown = [word for word in sys.argv[1:] if not any(name.startswith(word) for name in MAKERS)]
     if unknown:
-        sys.exit(f"no notebook {', '.join(unknown)}; there are {', '.join(MAKERS)}")
+        print(f"no notebook {', '.join(unknown)}; there are {', '.join(MAKERS)}", file=sys.stderr)
+        sys.exit(2)
     for name in names or MAKERS:
         notebook = MAKERS[name]()
         nbformat.validate(notebook)

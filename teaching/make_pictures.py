@@ -74,6 +74,7 @@ def draw_task():
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     draw_square(axes, goals)
+    axes.set_xlim(-1, 1)
     for robot, (color, _) in enumerate(ROBOTS):
         axes.plot(*torch.stack([positions[0, robot], goals[robot]]).T, ":", color=color)
         place = positions[0, robot].tolist()
@@ -107,21 +108,26 @@ def draw_paths():
 
 
 def draw_arrow_maps():
-    """Draw four arrow maps, and below each how much of it leads away from the goal."""
-    figure = Figure(figsize=(9.6, 10.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True, sharey=True)
-    for row, name in zip(panels, BOTH, strict=True):
-        for axes, iterations in zip(row, (10, 15), strict=True):
-            away = kit.draw_arrow_map(axes, kit.load_trained(name, iterations))
-            axes.set_title(
-                f"{BOTH[name][2]}, {iterations} iterations: {away:.0%} lead away", fontsize=14
-            )
-    figure.suptitle(
+    """Draw four arrow maps on one page, and those after 15 iterations on another."""
+    caption = (
         "Where does the advantage push robot 1? Pale disc: its goal\n"
-        "thin green: towards the goal, thick red: away from it",
-        fontsize=14,
+        "thin green: towards the goal, thick red: away from it"
     )
-    save("arrow-maps", figure, dpi=90)
+    for name, columns, size, dpi in (
+        ("arrow-maps", (10, 15), (9.6, 10.4), 90),
+        ("arrow-maps-15", (15,), (10.4, 6), 110),
+    ):
+        figure = Figure(figsize=size, layout="constrained")
+        shape = (2, 2) if len(columns) == 2 else (1, 2)
+        panels = iter(figure.subplots(*shape, sharex=True, sharey=True).flatten())
+        for algorithm in BOTH:
+            for iterations in columns:
+                axes = next(panels)
+                away = kit.draw_arrow_map(axes, kit.load_trained(algorithm, iterations))
+                title = f"{BOTH[algorithm][2]}, {iterations} iterations: {away:.0%} lead away"
+                axes.set_title(title, fontsize=14)
+        figure.suptitle(caption, fontsize=14)
+        save(name, figure, dpi)
 
 
 def values_at(names, distances, others):
@@ -377,7 +383,8 @@ if __name__ == "__main__":
     chosen = sys.argv[1:] or list(DRAWERS)
     unknown = [name for name in chosen if name not in DRAWERS]
     if unknown:
-        sys.exit(f"no picture {', '.join(unknown)}; there are {', '.join(DRAWERS)}")
+        print(f"no picture {', '.join(unknown)}; there are {', '.join(DRAWERS)}", file=sys.stderr)
+        sys.exit(2)
     PICTURES.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     with matplotlib.rc_context({"text.usetex": False, "font.size": 12}):

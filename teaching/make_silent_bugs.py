@@ -109,7 +109,11 @@ if __name__ == "__main__":
     names = sys.argv[1:] or ["program", *MISTAKES]
     unknown = [name for name in names if name not in ("program", *MISTAKES)]
     if unknown:
-        sys.exit(f"no table {', '.join(unknown)}; there are program, {', '.join(MISTAKES)}")
+        print(
+            f"no table {', '.join(unknown)}; there are program, {', '.join(MISTAKES)}",
+            file=sys.stderr,
+        )
+        sys.exit(2)
     PLACE.mkdir(parents=True, exist_ok=True)
     for name in names:
         if name == "program":

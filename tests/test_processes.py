@@ -1,38 +1,80 @@
-"""Many processes under torchrun: one policy, the gradients of one process, restarts, errors."""
+"""Two processes under torchrun: one policy, the gradient of one process, restarts, errors."""
 
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
 
-from conftest import PROGRAMS, assert_same, finish, load, options, rows, run_inside, start
+from cells import SLOW, finish, run_inside, start, write_copy
+from conftest import assert_same, load, options, rows
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+# Lines for the copy under test. HERE is a folder; a file in it asks for something to happen.
+HERE = "HERE = Path(os.environ['HERE'])\n"
+DIE = """            if rank == 1 and len(history) == 1 and (HERE / "die").exists():
+                (HERE / "die").unlink()
+                os.kill(os.getpid(), 9)
+"""
+OWN = """    row |= {"a": 1.0 + rank, "b": 10.0} if rank == 0 else {"b": 20.0, "alone": 7, "a": 2.0}
+    if rank == 1 and (HERE / "fail").exists():
+        raise OSError("the disk is gone")
+"""
+LOOK = """
+networks = {name: learner[name].state_dict() for name in ("policy", "critic")}
+torch.save(networks, HERE / f"networks {rank} of {world_size}")
+if not (HERE / "given").exists():
+    torch.save([networks, frames[:100].clone()], HERE / "given")
+given, minibatch = torch.load(HERE / "given", weights_only=False)
+for name, state in given.items():
+    learner[name].load_state_dict(state)
+losses = loss_module(minibatch.chunk(world_size)[rank])
+optimizer.zero_grad()
+(losses["loss_objective"] + losses["loss_critic"]).backward()
+gradients = [parameter.grad for parameter in learner["optimizer"].param_groups[0]["params"]]
+torch.save(gradients, HERE / f"gradients {rank} of {world_size}")
+run.finish()
+"""
+UPDATE, APPEND, FINISH = (
+    "            optimizer.step()\n",
+    "    history.append(row)\n",
+    "\nrun.finish()\n",
+)
 
 
-def in_processes(n, script, folder, *more, before=(), status=0):
-    """Train in n processes, `before` being options of torchrun; return stdout and stderr.
+@pytest.fixture(scope="module")
+def script(tmp_path_factory):
+    """Return a copy of the file that leaves its networks and gradients, or does what HERE asks."""
+    edits = {UPDATE: DIE + UPDATE, APPEND: OWN + APPEND, FINISH: LOOK}
+    edits["history = []  #"] = HERE + "history = []  #"
+    return write_copy(tmp_path_factory.mktemp("two") / "train_mappo.py", *SLOW, edits=edits)
+
+
+def job(script, folder, *more, before=(), status=0):
+    """Train in two processes, `before` being options of torchrun; return stdout and stderr.
 
     The entropy bonus is off, because it is sampled. So is the normalization of advantages, because
     each process normalizes its own share. One process and two then have the same gradients.
     """
-    words = options(n_iters=3, entropy_eps=0, run_folder=folder / "run")
-    words += ["--no-normalize-advantage"]
-    launcher = (*TORCHRUN, *before) if n > 1 else ()
-    program = [*launcher, PROGRAMS / "look.py"]
-    return finish(start(folder, script, *words, *more, program=program), status)
+    words = ["--run-folder", folder / "run", *more]
+    environment = os.environ | {"HERE": str(folder)}
+    program = [*TORCHRUN, *before, script]
+    return finish(start(*words, program=program, env=environment), status)
+
+
+WORDS = options(n_iters=3, entropy_eps=0, normalize_advantage=False)
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory, lean):
-    """What one process leaves, then two, which get its networks and minibatch to learn from."""
+def two(tmp_path_factory, script):
+    """What one process leaves, then two, which get its networks and minibatch for a gradient."""
     folder = tmp_path_factory.mktemp("two")
-    in_processes(1, lean, folder)
-    shutil.move(folder / "run", folder / "run of one")
-    out, err = in_processes(2, lean, folder)
-    return folder, out, err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HERE", str(folder))
+        run_inside(*WORDS, "--run-folder", folder / "one", path=script)
+    return folder, *job(script, folder, *WORDS)
 
 
 def test_two_processes_train_one_policy(two):
@@ -44,7 +86,7 @@ def test_two_processes_train_one_policy(two):
     torch.testing.assert_close(networks[0], saved, rtol=0, atol=0)
     assert [row["frames"] for row in rows(folder / "run")] == ["600", "1200", "1800"]
     settings = json.loads((folder / "run" / "hyperparameters.json").read_text())
-    assert (settings["frames_per_batch"], settings["minibatch_size"]) == (600, 100)
+    assert (settings["frames_per_batch"], settings["world_size"]) == (600, 2)
 
 
 def test_two_processes_compute_the_gradient_of_one(two):
@@ -57,56 +99,63 @@ def test_two_processes_compute_the_gradient_of_one(two):
         torch.testing.assert_close(gradients, one, rtol=0, atol=1e-6)
 
 
+def test_metrics_are_averaged_by_name(two):
+    """Whatever their order, and also one that a single process has."""
+    for row in rows(two[0] / "run"):
+        assert (float(row["a"]), float(row["b"]), float(row["alone"])) == (1.5, 15, 7)
+
+
 def test_one_process_speaks_for_all(two):
     _, out, err = two
     assert out.count("New run: ") == out.count("The results are in") == 1
-    assert out.count("episode_reward ") == 1
-    assert err.count("MAPPO: 100%") >= 1 and err.count("0/3 [00:00<?, ?it/s]") == 1
-    assert "Warning" not in err
+    assert out.count("untrained     trained") == 1
+    assert "torchrun --nproc-per-node 2" in out  # how to resume it
+    assert err.count("0/3 [00:00<?, ?it/s]") == 1 and "Warning" not in err
 
 
-def test_a_job_that_lost_a_process_goes_on_by_itself(two, lean, tmp_path):
-    """Killed after its first iteration, it ends as if it had not been."""
+def test_a_job_that_lost_a_process_goes_on_by_itself(two, script, tmp_path):
+    """Killed in its second iteration, it ends as if it had not been."""
+    shutil.copy(two[0] / "given", tmp_path)
     (tmp_path / "die").touch()
-    out, _ = in_processes(2, lean, tmp_path, before=("--max-restarts", 1))
+    out, _ = job(script, tmp_path, *WORDS, before=("--max-restarts", 1))
     assert not (tmp_path / "die").exists()
     assert out.count("New run: ") == 1 and "1 of 3 iterations are done" in out
     assert_same(tmp_path / "run", two[0] / "run")
 
 
-@pytest.mark.parametrize("before, now", [(2, 1), (1, 2)])
-def test_going_on_with_another_number_of_processes_is_said(two, lean, tmp_path, before, now):
-    shutil.copytree(two[0] / ("run" if before == 2 else "run of one"), tmp_path / "run")
-    out, _ = in_processes(now, lean, tmp_path, "--n-iters", 4)
-    assert "3 of 4 iterations are done" in out
-    assert f"It used {before} process(es) and now uses {now}" in out
-    assert len(load(tmp_path / "run")["history"]) == 4
-    settings = json.loads((tmp_path / "run" / "hyperparameters.json").read_text())
-    assert settings["world_size"] == now
-
-
-def test_a_finished_job_is_shown_again(two, lean, tmp_path):
-    shutil.copytree(two[0] / "run", tmp_path / "run")
-    out, _ = in_processes(2, lean, tmp_path)
-    assert "3 of 3 iterations are done" in out and "episode_reward" in out
-    assert_same(tmp_path / "run", two[0] / "run")
-
-
-def test_a_job_that_is_refused_says_why(two, lean, tmp_path):
-    """With the rank of the process that says it; all of them end, and the run is as it was."""
-    shutil.copytree(two[0] / "run", tmp_path / "run")
-    _, err = in_processes(2, lean, tmp_path, "--num-cells", 64, status=1)
-    sentence = (
-        r"train_mappo.py, process [01]: error: num_cells is 64, but must be 32, as in the run"
-    )
-    assert re.search(sentence, err)
-    assert_same(tmp_path / "run", two[0] / "run")
-
-
-def test_a_process_that_fails_says_why_and_which_it_is(lean, tmp_path):
+def test_another_number_of_processes_is_said_and_so_is_an_error(two, script, tmp_path, capfd):
+    """First two after one, of which the second fails and says why; then one again."""
+    shutil.copytree(two[0] / "one", tmp_path / "run")
+    shutil.copy(two[0] / "given", tmp_path)
     (tmp_path / "fail").touch()
-    _, err = in_processes(2, lean, tmp_path, status=1)
+    out, err = job(script, tmp_path, "--n-iters", 4, status=1)
+    assert "3 of 4 iterations are done" in out and re.search(r"used 1 process.* uses 2", out)
     assert "[rank1]: OSError: the disk is gone" in err
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HERE", str(tmp_path))
+        run_inside("--run-folder", tmp_path / "run", "--n-iters", 4, path=script)
+    assert re.search(r"used 2 process.* uses 1", capfd.readouterr().out)
+    assert len(load(tmp_path / "run")["history"]) == 4
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--frames-per-batch", "620"], "frames_per_batch is 620, but must be a multiple of"),
+        (["--minibatch-size", "75"], "minibatch_size is 75, but must be"),
+        (["--minibatch-size", "2"], "minibatch_size is 2, but must be"),
+        (["--device", "cuda:0"], "device is 'cuda:0', but must be cpu"),
+    ],
+)
+def test_what_cannot_be_shared_out_is_refused(words, sentence, lean, tmp_path, capfd, monkeypatch):
+    """By a process that names itself, before the processes meet. torchrun sets the variables."""
+    variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        run_inside(*options(run_folder=tmp_path / "run"), *words, path=lean)
+    assert end.value.code == 2 and not (tmp_path / "run").exists()
+    assert f"train_mappo.py, process 0: error: {sentence}" in capfd.readouterr().err
 
 
 def test_variables_of_another_launcher_do_no_harm(lean, tmp_path, monkeypatch, capfd):

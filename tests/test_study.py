@@ -1,29 +1,31 @@
-"""The study: its tables come from its rows, no run is lost, and variants change what they say."""
+"""The study: its page comes from its rows, no run is lost, and variants change what they say."""
 
 import json
 import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
+from dataclasses import replace
+from types import SimpleNamespace
 
 import jupytext
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy import stats
-from torchrl.modules import MultiAgentMLP
+from vmas import make_env
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "study"))
+from conftest import REPOSITORY, SCRIPT, options, run_inside, without_seconds
+
+sys.path.insert(0, str(REPOSITORY / "study"))
 import benchmark  # noqa: E402
 import study  # noqa: E402
 import tables  # noqa: E402
+import torchrl_tutorial  # noqa: E402
 import transfer  # noqa: E402
-import tutorial  # noqa: E402
 
-TINY = "--max-steps 5 --frames-per-batch 20 --minibatch-size 10 --num-epochs 1 --n-iters 1"
-TINY += " --num-cells 8 --evaluation-episodes 3"
+TINY = {"max_steps": 5, "frames_per_batch": 20, "minibatch_size": 10, "num_epochs": 1}
+TINY |= {"num_cells": 8, "evaluation_episodes": 3, "evaluation_interval": 1}
+DEFAULTS = study.PLAN[0]
 
 
 @pytest.fixture
@@ -36,10 +38,13 @@ def place(monkeypatch, tmp_path):
     return tmp_path
 
 
-def row_of(runs, algorithm, seed, **measured):
-    """Return a row as a finished run leaves it."""
-    key = dict(zip(study.KEY, (*runs[:3], algorithm, str(seed)), strict=True))
-    return dict.fromkeys(study.COLUMNS, "") | key | {"evaluated_after": "10"} | measured
+def rows_of(key, success=0.5, iterations=20):
+    """Return the rows that a run leaves, as text."""
+    columns = dict(zip(study.KEY, key, strict=True))
+    columns |= {"script": "0", "iteration": [str(i) for i in range(iterations)]}
+    measured = ["rho", "slope", "predicted_slope", "explained_variance", *tables.BAND]
+    columns |= dict.fromkeys([*measured, tables.REWARD, tables.STEPS], "1.5")
+    return pd.DataFrame(columns | {tables.SUCCESS: f"{success}"})
 
 
 # --------------------------------------------------------------------------------- rows and tables
@@ -48,62 +53,61 @@ def row_of(runs, algorithm, seed, **measured):
 def test_the_tables_are_those_of_the_rows():
     """`python study/study.py report` would change nothing in its README."""
     text = study.README.read_text("utf-8")
-    assert text.count("<!-- table:") > 20
-    numbers = tables.tidy(study.read_rows(study.RESULTS))
-    assert study.with_tables(text, numbers) == text
+    assert text.count("<!-- table:") > 10
+    results, archive = tables.read(study.RESULTS), tables.read(study.ARCHIVE)
+    assert tables.with_tables(text, results, archive) == text
 
 
-def test_each_row_is_of_a_planned_run_and_none_is_there_twice():
+def test_each_run_is_a_planned_one_and_is_there_once_and_as_a_whole():
     rows = study.read_rows(study.RESULTS)
-    assert not rows.duplicated(study.KEY).any()
-    planned = {
-        (*runs[:3], algorithm, str(seed))
-        for runs in study.PLAN
-        for algorithm in runs.algorithms
-        for seed in runs.seeds
-    }
-    assert set(rows[study.KEY].itertuples(index=False, name=None)) <= planned
-    assert len(planned) == sum(len(runs.algorithms) * len(runs.seeds) for runs in study.PLAN)
+    planned = [key for experiment in study.PLAN for key in experiment.runs()]
+    assert len(set(planned)) == len(planned)
+    assert set(rows[study.KEY].itertuples(index=False, name=None)) <= set(planned)
+    for key, run in rows.groupby(study.KEY):
+        n_iters = int(key[1].split("--n-iters ")[1].split()[0]) if "--n-iters" in key[1] else 10
+        assert [*map(int, run["iteration"])] == [*range(n_iters)]
 
 
-def test_a_row_holds_numbers_for_each_evaluation_and_iteration():
-    rows = study.read_rows(study.RESULTS).map(str.split)
-    last = rows["evaluated_after"].str[-1].astype(int)
-    assert (rows["curve_episode_reward"].map(len) == last).all()
-    assert (rows["success_rate"].map(len) == rows["evaluated_after"].map(len)).all()
+def test_tables_show_experiments_that_are_planned():
+    planned = {experiment.name for experiment in study.PLAN}
+    for _, how in tables.NEW.values():
+        assert planned.issuperset(how.get("labels", {"": how.get("experiment")}).values())
 
 
 def test_a_report_without_rows_names_what_is_missing(place, capsys):
     study.report()
     said = capsys.readouterr().out
-    assert all(f"{runs.experiment}: " in said for runs in study.PLAN)
+    assert all(f"{experiment.name}: " in said for experiment in study.PLAN)
     assert not list(place.glob("*.png"))
+    assert "*Not run yet.*" in study.README.read_text("utf-8")
 
 
 def test_a_report_with_a_part_of_the_rows_shows_that_part(place, capsys):
-    """One algorithm of one table, and no pair of seeds to compare."""
-    for seed, rate in ((0, "0.2"), (1, "0.6")):
-        study.add_row(row_of(study.FLAG, "MAPPO", seed, success_rate=rate), study.RESULTS)
+    """Two runs of one algorithm."""
+    for key, success in zip(DEFAULTS.runs()[::2], (0.2, 0.6), strict=False):
+        study.add_rows(rows_of(key, success), study.RESULTS)
     study.report()
+    cell = "0.40 (worst 0.20)"
     text = study.README.read_text("utf-8")
-    assert "| seeds 0 to 9 | success rate | 0.400 (worst 0.200) |  |  |  | 2 |" in text
-    assert "seeds 10 to 19 | success rate" not in text
-    assert "flag: 18 of 20 runs are missing (the defaults)" in capsys.readouterr().out
+    assert f"| the defaults | MAPPO | {cell} | {cell} | {cell} | {cell} | 2 |" in text
+    assert "the defaults | IPPO" not in text
+    assert "*`study.py run defaults`, train_mappo.py `0`.*" in text
+    assert "defaults: 18 of 20 runs are missing" in capsys.readouterr().out
+    assert {path.name for path in place.glob("*.png")} == {"slopes.png", "rho.png"}
 
 
 def test_a_comparison_pairs_the_seeds():
-    data = pd.DataFrame(
+    rows = pd.DataFrame(
         {
-            "label": "a",
+            "experiment": "a",
             "algorithm": ["MAPPO", "MAPPO", "IPPO", "IPPO", "IPPO"],
-            "iterations": 10,
             "seed": [1, 0, 0, 1, 2],
-            "episode_length": [50.0, 60.0, 61.0, 52.0, 99.0],
+            "last": True,
+            tables.STEPS: [50.0, 60.0, 61.0, 49.0, 99.0],
         }
-    ).set_index(["label", "algorithm", "iterations", "seed"])
-    line = tables.versus(data, ["episode_length"]).splitlines()[-1]
-    means = "| a | steps | 55.0 (worst 60.0) | 70.7 (worst 99.0) |"
-    assert line == f"{means} -1.5, 2 of 2 | 0.83 | 3 |"  # better in five of six pairs of any seeds
+    )
+    line = tables.versus(rows, {"A": "a"}, [tables.STEPS]).splitlines()[-1]
+    assert line == "| A | 55.0 (worst 60.0) | 69.7 (worst 99.0) | 1 of 2 |"
 
 
 def test_ratios_of_times_are_those_of_a_turn():
@@ -117,50 +121,19 @@ def test_ratios_of_times_are_those_of_a_turn():
     assert tables.speed(rows).splitlines()[-1] == "| x | quick | 2.0 s | 2.00 (1.00 to 2.00) |"
 
 
-# -------------------------------------------------------------------------------------- statistics
-
-
-def series(numbers, name="success_rate"):
-    return pd.Series(numbers, name=name, dtype=float)
-
-
-def test_a_difference_has_an_interval_only_where_it_can_be_trusted():
-    """One run in ten that fails hides from most samples of ten; a spread like a normal does not."""
-    zero = series([0] * 10)
-    assert tables.difference(series([0.9] + [0] * 9), zero) == "+0.090, 1 of 10"
-    assert tables.difference(zero, zero) == "none"
-    assert tables.difference(zero + 0.3, zero) == "+0.300, 10 of 10"
-    spread = series(stats.norm.ppf((np.arange(10) + 0.5) / 10), "episode_length")
-    low, high = stats.ttest_1samp(spread + 0.5, 0).confidence_interval()
-    shown = tables.difference(spread, series([-0.5] * 10, "episode_length"))
-    assert shown == f"+0.5 [{low:+.1f}, {high:+.1f}], 3 of 10"  # fewer steps are better
-
-
-def test_coverage_is_that_of_a_normal_population_where_there_is_one():
-    population = series(stats.norm.ppf((np.arange(30) + 0.5) / 30))
-    assert tables.coverage(population) == pytest.approx(0.95, abs=0.02)
-
-
-def test_the_probability_of_improvement_counts_ties_as_half():
-    assert tables.probability_better(series([1, 2]), series([1, 0])) == "0.88"
-    fewer = series([1, 2], "episode_length"), series([1, 0], "episode_length")
-    assert tables.probability_better(*fewer) == "0.12"
-    assert tables.probability_better(series([1, 1]), series([1, 1])) == "0.50"
-
-
 # ----------------------------------------------------------------------------- no run is lost
 
 
 def test_a_kill_in_the_middle_of_a_write_loses_no_row(tmp_path):
     """A process dies when half of the new file is written; the old rows are there to go on with."""
     path = tmp_path / "rows.csv"
-    study.add_row({"seed": 0, "text": 'with "quotes", and\na new line'}, path)
+    study.add_rows(pd.DataFrame([{"seed": "0", "text": 'with "quotes", and\na new line'}]), path)
     before = path.read_bytes()
     program = f"""
         import os, signal, sys
-        sys.path.insert(0, {str(study.SCRIPT.parent / "study")!r})
+        sys.path.insert(0, {str(study.STUDY)!r})
         from pathlib import Path
-        import study
+        import pandas as pd, study
 
         def write_half(path, text, encoding):
             with open(path, "w") as file:
@@ -168,160 +141,245 @@ def test_a_kill_in_the_middle_of_a_write_loses_no_row(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         Path.write_text = write_half
-        study.add_row({{"seed": 1}}, Path({str(path)!r}))
+        study.add_rows(pd.DataFrame([{{"seed": "1"}}]), Path({str(path)!r}))
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)])
     assert done.returncode == -signal.SIGKILL
     assert len(list(tmp_path.iterdir())) == 2  # the half file was written beside it
     assert path.read_bytes() == before
-    study.add_row({"seed": 2, "text": ""}, path)
+    study.add_rows(pd.DataFrame([{"seed": "2", "text": ""}]), path)
     assert study.read_rows(path)["seed"].tolist() == ["0", "2"]
 
 
 def test_run_goes_on_with_what_is_missing(place, monkeypatch, capsys):
-    """A run that fails is reported, and lacks its row; the others are done once."""
-    runs, done = study.Runs("a test", algorithms=("MAPPO",), seeds=range(4)), []
+    """A run that fails is reported, and lacks its rows; the others are done once."""
+    one, done = study.Experiment("a test", algorithms=["MAPPO"], seeds=range(4)), []
 
-    def train(runs, algorithm, seed):
-        if seed == 3 and 3 not in done:
-            done.append(3)
+    def train(*key):
+        done.append(key[-1])
+        if key[-1] == "3" and done.count("3") == 1:
             raise RuntimeError("seed 3 has failed")
-        done.append(seed)
-        return row_of(runs, algorithm, seed)
+        return rows_of(key)
 
-    monkeypatch.setattr(study, "PLAN", [runs])
+    monkeypatch.setattr(study, "PLAN", [one])
     monkeypatch.setattr(study, "train", train)
-    study.add_row(row_of(runs, "MAPPO", 1), study.RESULTS)
+    study.add_rows(rows_of(one.runs()[1]), study.RESULTS)
     assert study.run_lacking(["a test"]) == 1
     assert "seed 3 has failed" in capsys.readouterr().err
-    assert sorted(done) == [0, 2, 3]
+    assert sorted(done) == ["0", "2", "3"]
     assert study.run_lacking(["a test"]) == 0
-    assert sorted(study.read_rows(study.RESULTS)["seed"]) == ["0", "1", "2", "3"]
+    assert sorted(set(study.read_rows(study.RESULTS)["seed"])) == ["0", "1", "2", "3"]
+    assert len(done) == 4
     capsys.readouterr()
     assert study.run_lacking(["a test"]) == 0
     assert "Nothing is missing" in capsys.readouterr().out
 
 
-def test_a_run_is_evaluated_at_each_stop_and_resumed(monkeypatch, tmp_path):
-    """With a stand-in for train_mappo.py that leaves the files of a run."""
-    script = tmp_path / "train_mappo.py"
-    script.write_text("""if True:
-        import json, sys
+def test_rows_come_from_what_a_run_leaves(monkeypatch, tmp_path):
+    """With a stand-in for train_mappo.py; if it fails, its last line is the reason."""
+    script, program = (
+        tmp_path / "train_mappo.py",
+        """
+        import sys
         from pathlib import Path
-        folder, n_iters = Path(sys.argv[sys.argv.index("--run-folder") + 1]), int(sys.argv[-1])
-        folder.mkdir(exist_ok=True)
-        done = json.loads((folder / "done").read_text()) if (folder / "done").exists() else 0
-        (folder / "done").write_text(str(n_iters))
-        lines = [f"{i},0.5,{done},2.0" for i in range(n_iters)]
-        (folder / "metrics.csv").write_text(
-            "\\n".join(["iteration,terminated_rate,episode_reward,seconds", *lines]))
-        measured = {"terminated_rate": n_iters / 10, "episode_reward": done}
-        (folder / "evaluation.json").write_text(json.dumps(
-            {"iterations": n_iters, "untrained": {"terminated_rate": 0}, "trained": measured}))
-    """)
+        folder = Path(sys.argv[sys.argv.index("--run-folder") + 1])
+        assert sys.argv[1:6] == ["--lr", "1", "--no-mappo", "--seed", "7"]
+        folder.mkdir()
+        text = "iteration,frames,terminated_rate,slope\\n0,6000,0.123456789,\\n1,12000,1,1.5\\n"
+        (folder / "metrics.csv").write_text(text)
+    """,
+    )
     monkeypatch.setattr(study, "SCRIPT", script)
-    row = study.train(study.Runs("a test", "--lr 1", stops=(1, 3)), "IPPO", 7)
-    assert list(row) == study.COLUMNS
-    assert [row[name] for name in study.KEY] == ["a test", "--lr 1", "", "IPPO", "7"]
-    assert row["evaluated_after"] == "1 3"
-    assert row["success_rate"] == "0.1000 0.3000" and row["untrained_success_rate"] == "0.0000"
-    assert row["episode_reward"] == "0.0000 1.0000"  # the second began after one iteration
-    assert row["collisions"] == "" and row["training_seconds"] == "6.0"
-    assert row["curve_success_rate"] == "0.5 0.5 0.5"
+    monkeypatch.setattr(study, "with_variant", lambda source, variant: source)
+    script.write_text(textwrap.dedent(program))
+    rows = study.train("a test", "--lr 1", "", "IPPO", "7")
+    blob = subprocess.run(["git", "hash-object", script], capture_output=True, text=True).stdout
+    assert rows.to_dict("list") == {
+        "experiment": ["a test"] * 2,
+        "options": ["--lr 1"] * 2,
+        "variant": [""] * 2,
+        "algorithm": ["IPPO"] * 2,
+        "seed": ["7"] * 2,
+        "script": [blob[:12]] * 2,
+        "iteration": ["0", "1"],
+        "frames": ["6000", "12000"],
+        "success_rate": ["0.12346", "1"],
+        "slope": ["", "1.5"],
+    }
     script.write_text("raise ValueError('no room')")
     with pytest.raises(RuntimeError, match="a test, MAPPO, seed 0: ValueError: no room"):
-        study.train(study.Runs("a test"), "MAPPO", 0)
+        study.train("a test", "", "", "MAPPO", "0")
 
 
 # ---------------------------------------------------------------------------------------- variants
 
 
-def test_all_variants_at_once_run_and_are_measured():
-    variant = " + ".join([study.OTHERS, study.BOOTSTRAP, "arrivals measured", study.SLOPES])
-    row = study.train(study.Runs("a test", TINY, variant), "IPPO", 0)
-    assert row["curve_value_at_arrival"] == "nan"  # nobody arrives within five steps
-    assert len(row["curve_value_slope"].split()) == len(row["value_slope"].split()) == 1
-    for name in tables.METRICS:
-        assert np.isfinite(float(row[f"curve_{name}"]))
+def variant_cell(name):
+    """Return the source of the one cell of a variant."""
+    cells = jupytext.read(study.VARIANTS, fmt="py:percent").cells
+    [source] = [cell.source for cell in cells if cell.metadata.get("title") == name]
+    return source
 
 
-def test_the_control_runs():
-    assert study.train(study.Runs("a test", TINY, study.OWN), "MAPPO", 0)["episode_length"]
+def run_variant(folder, variant, **settings):
+    """Run the file with a variant in this process; return the names it leaves."""
+    script = folder / "train_mappo.py"
+    script.write_text(study.with_variant(SCRIPT.read_text("utf-8"), variant), "utf-8")
+    return run_inside(*options(**TINY, **settings, run_folder=folder / "run"), path=script)
 
 
-@pytest.mark.parametrize(
-    ("variant", "expected"), [("own distance", [5, 1, 2])] + [("others' distance", [3, 7, 6])]
-)
-def test_a_critic_gets_one_more_number(variant, expected, monkeypatch):
-    """The distance of the robot itself, or of all others together."""
-    seen, names = [], {"MultiAgentMLP": MultiAgentMLP, "torch": torch}
-    [cell] = [one for one in variant_cells() if one.metadata["title"] == variant]
-    exec(cell.source, names)
-    sizes = {"n_agents": 3, "n_agent_inputs": 7, "n_agent_outputs": 1}
-    critic = names["CriticWithDistance"](**sizes, centralized=False, share_params=True)
-    monkeypatch.setattr(MultiAgentMLP, "forward", lambda self, x: seen.append(x))
-    observation = torch.zeros(3, 6)
-    observation[:, 4:6] = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
-    critic(observation)
-    assert seen[0][:, :6].equal(observation)
-    assert seen[0][:, 6].tolist() == expected
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return run_variant(tmp_path_factory.mktemp("plain"), "")
 
 
-def test_bootstrapped_arrivals_are_hidden_from_the_advantages_only():
+def test_measuring_changes_no_training_and_measures_what_the_lesson_does(plain, tmp_path):
+    names = run_variant(tmp_path, "slopes")
+    new = ["slope", "rho", "predicted_slope"]
+    measured = [{name: row.pop(name) for name in new} for row in names["history"]]
+    assert without_seconds(names["history"]) == without_seconds(plain["history"])
+    cells = jupytext.read(SCRIPT).cells
+    [lesson] = [cell.source for cell in cells if cell.metadata.get("id") == "slope"]
+    exec(lesson[: lesson.index("\n\n\nif ")], names)
+    assert names["value_slope"]() == pytest.approx(measured[-1]["slope"], rel=1e-5)
+
+
+def test_rho_and_the_slope_it_predicts(plain):
+    """For distances a, b and a + b of independent numbers, summed: 2 (a + b)."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.rand(2, 1000, 50, generator=generator)
+    seen = torch.zeros(1000, 50, 3, 18)
+    seen[..., 4] = torch.stack([a, b, a + b], dim=-1)
+    collector = SimpleNamespace(next=lambda: {("agents", "observation"): seen})
+    names = plain | {"collector": collector, "critic_network": lambda seen: seen[..., :1]}
+    exec(variant_cell("slopes").split("\n\n\nrun = ")[0], names)
+    found = names["measure_slope"]()
+    assert found["rho"] == pytest.approx((0 + 0.5**0.5 + 0.5**0.5) / 3, abs=0.01)
+    assert found["predicted_slope"] == pytest.approx(2, abs=0.02)  # 2 for each of the three
+
+
+@pytest.mark.parametrize("name", ["goals that move on", "equal distances", "taking turns"])
+def test_scenarios_run_and_end_as_they_say(name, tmp_path):
+    history = run_variant(tmp_path, f"{name} + slopes")["history"]
+    assert all(torch.tensor([*row.values()]).isfinite().all() for row in history)
+    assert all("rho" in row and "test_terminated_rate" in row for row in history)
+
+
+def scene_of(variant, **settings):
+    """Return a VMAS environment of a variant's scenario."""
+    names = {"torch": torch, "cfg": SimpleNamespace()}
+    exec(variant_cell(variant), names)
+    return make_env(names["cfg"].scenario_name(), num_envs=4, seed=0, n_agents=3, **settings)
+
+
+def distances(scene):
+    """Return how far the robots have to go, of shape (environments, n_agents)."""
+    return torch.stack(
+        [(agent.state.pos - agent.goal.state.pos).norm(dim=-1) for agent in scene.agents], dim=1
+    )
+
+
+def test_a_goal_that_is_reached_moves_on():
+    scene = scene_of("goals that move on")
+    scene.reset()
+    robot = scene.agents[0]
+    robot.set_pos(robot.goal.state.pos, batch_index=None)
+    before, goal = distances(scene), robot.goal.state.pos.clone()
+    others = scene.agents[1].goal.state.pos.clone()
+    _, rewards, done, _ = scene.step([torch.zeros(4, 2)] * 3)
+    assert (robot.goal.state.pos != goal).any(dim=-1).all() and not done.any()
+    assert (scene.agents[1].goal.state.pos == others).all()
+    _, rewards, _, _ = scene.step([torch.zeros(4, 2)] * 3)  # a new goal is no progress
+    assert rewards[0].abs().max() < 0.5 and before[:, 0].max() == 0
+
+
+def test_all_robots_have_equally_far_to_go():
+    """After a reset of all environments or of one, which leaves the others alone."""
+    scene = scene_of("equal distances")
+    scene.reset()
+    before = distances(scene)
+    torch.testing.assert_close(before, before[:, :1].expand(4, 3))
+    assert before[:, 0].unique().numel() == 4
+    scene.reset_at(2)
+    after = distances(scene)
+    torch.testing.assert_close(after, after[:, :1].expand(4, 3))
+    assert (after == before).all(dim=1).tolist() == [True, True, False, True]
+    _, rewards, _, _ = scene.step([torch.zeros(4, 2)] * 3)
+    assert rewards[0].abs().max() < 0.5  # standing still is no progress
+
+
+def test_one_robot_drives_at_a_time_until_it_arrives():
+    scene = scene_of("taking turns", collisions=False)
+    scene.reset()
+    scene.step([torch.ones(4, 2)] * 3)
+    moved = torch.stack([agent.state.vel.norm(dim=-1) > 0 for agent in scene.agents], dim=1)
+    assert (moved.sum(dim=1) == 1).all() and moved.any(dim=0).sum() > 1  # not always the same
+    for index, agent in enumerate(scene.agents):  # those that drove arrive, in each environment
+        place = torch.where(moved[:, index, None], agent.goal.state.pos, agent.state.pos)
+        agent.set_pos(place, batch_index=None)
+        agent.set_vel(torch.zeros(4, 2), batch_index=None)
+    scene.step([torch.ones(4, 2)] * 3)
+    now = torch.stack([agent.state.vel.norm(dim=-1) > 0 for agent in scene.agents], dim=1)
+    assert (now.sum(dim=1) == 1).all() and not (now & moved).any()
+
+
+def test_remedies_run_together_and_do_what_they_say(tmp_path):
+    """The critic gets the others' distance, arrivals are hidden from the advantages only."""
+    variant = "others' distance + arrivals bootstrapped + value normalization + slopes"
+    names = run_variant(tmp_path, variant, mappo=False)
+    critic, observation = names["critic_network"], torch.zeros(4, 3, 18)
+    observation[..., 4:6] = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
+    turned, moved = observation.clone(), observation.clone()
+    turned[:, 1, 4:6] = torch.tensor([0.6, 0.8])  # robot 1 has as far to go as before
+    moved[:, 1, 5] += 1
+    with torch.no_grad():
+        values, by_turning, by_moving = (critic(x)[:, [0, 2]] for x in (observation, turned, moved))
+    torch.testing.assert_close(by_turning, values)
+    assert (by_moving != values).all()
     hidden = []
-    names = {
-        "estimate_advantages": lambda batch: hidden.append(batch["next", "terminated"].clone())
-    }
-    [cell] = [one for one in variant_cells() if one.metadata["title"] == study.BOOTSTRAP]
-    exec(cell.source, names)
+    names["estimate_with_terminations"] = lambda b: hidden.append(b["next", "terminated"].clone())
+    names["estimate_advantages"].__globals__.update(names)
     batch = {("next", "terminated"): torch.tensor([True, False])}
     names["estimate_advantages"](batch)
     assert hidden[0].tolist() == [False, False]
     assert batch["next", "terminated"].tolist() == [True, False]
-
-
-def variant_cells():
-    cells = jupytext.read(study.VARIANTS, fmt="py:percent").cells
-    return [cell for cell in cells if "before" in cell.metadata]
+    assert names["loss_module"].value_norm.count > 0  # it has seen value targets
 
 
 def test_a_variant_adds_its_cells_and_changes_no_other():
-    source = study.SCRIPT.read_text("utf-8")
-    before = [cell.source for cell in jupytext.reads(source, fmt="py:percent").cells]
-    for title in {title for one in variant_cells() for title in one.metadata["title"].split(", ")}:
-        changed = jupytext.reads(study.with_variant(source, title), fmt="py:percent")
-        added = [one.source for one in variant_cells() if title in one.metadata["title"]]
-        assert [cell.source for cell in changed.cells if cell.source not in added] == before
-        assert sorted(cell.source for cell in changed.cells if cell.source in added) == sorted(
-            added
-        )
-    assert study.with_variant(source, "") == study.with_variant(source, "two threads") == source
+    source = SCRIPT.read_text("utf-8")
+    end = [cell.metadata.get("id") for cell in jupytext.reads(source, fmt="py:percent").cells]
+    before = [
+        cell.source
+        for cell in jupytext.reads(source, fmt="py:percent").cells[: end.index("loop") + 1]
+        if cell.metadata.get("id") != "probe"
+    ]
+    variants = {"": 0, "slopes": 1, "goals that move on + slopes": 2}
+    for variant, more in variants.items():
+        changed = jupytext.reads(study.with_variant(source, variant), fmt="py:percent").cells
+        sources = [cell.source for cell in changed]
+        assert [one for one in sources if one in before] == before
+        assert len(sources) == len(before) + more
 
 
 def test_a_cell_that_is_not_there_once_is_refused():
-    source = study.SCRIPT.read_text("utf-8")
+    source = SCRIPT.read_text("utf-8")
     with pytest.raises(ValueError, match="no variant 'a test'"):
         study.with_variant(source, "a test")
-    with pytest.raises(ValueError, match="'estimate_advantages': 2 cells"):
-        study.with_variant(source + "\n# %%\nestimate_advantages = 1\n", study.OTHERS)
-    with pytest.raises(ValueError, match="'loop': 0 cells"):
-        study.with_variant(source.replace("estimate_advantages(batch)", "pass"), study.BOOTSTRAP)
+    with pytest.raises(ValueError, match="2 cells have the id 'gae'"):
+        study.with_variant(source.replace('id="gae_check"', 'id="gae"'), "others' distance")
+    with pytest.raises(ValueError, match="0 cells have the id 'loop'"):
+        study.with_variant(source.replace('id="loop"', 'id="other"'), "")
 
 
 # --------------------------------------------------------------- benchmark, transfer, tutorial
 
 
-@pytest.fixture(scope="module")
-def names():
-    """The global names of train_mappo.py after a short run."""
-    return benchmark.run_script(*TINY.split())
-
-
 @pytest.mark.filterwarnings("ignore:Creating .*Updater:DeprecationWarning")
-def test_the_benchmark_compares_with_the_same_gradients(names):
-    bare = benchmark.BareUpdate(names)
+def test_the_benchmark_compares_with_the_same_gradients(plain):
+    bare = benchmark.BareUpdate(plain)
     bare.check()
-    bare.names = names | {"critic_coeff": 2.0}
+    bare.cfg = replace(plain["cfg"], critic_coeff=2.0)
     with pytest.raises(AssertionError):
         bare.check()
 
@@ -334,31 +392,31 @@ def test_a_run_in_this_process_leaves_it_as_it_was():
     assert (sys.argv, sys.excepthook, sys.stdout) == before
 
 
-def test_a_saved_policy_is_evaluated_in_a_team(names, tmp_path, monkeypatch):
+def test_a_saved_policy_is_evaluated_in_a_team(plain, tmp_path, monkeypatch):
     """As the policy itself is; rows that are there are kept, and not evaluated again."""
-    weights = names["policy"][0].module[0].state_dict()
+    weights = plain["policy"][0].module[0].state_dict()
     path = tmp_path / "policy.pt"
     torch.save({"state_dict": {name: value + 0.1 for name, value in weights.items()}}, path)
     (tmp_path / "hyperparameters.json").write_text(json.dumps({"seed": 4}))
-    before = names["evaluate"](names["policy"])
+    before = plain["evaluate"](plain["policy"])
     made = []
     monkeypatch.setattr(transfer, "TEAMS", [3])
     monkeypatch.setattr(transfer, "TRANSFER", tmp_path / "transfer.csv")
-    monkeypatch.setattr(transfer, "make_team", lambda n_agents: made.append(n_agents) or names)
+    monkeypatch.setattr(transfer, "make_team", lambda n_agents: made.append(n_agents) or plain)
     transfer.run_lacking([path])
     transfer.run_lacking([path])
     rows = study.read_rows(tmp_path / "transfer.csv")
     assert rows[["n_agents", "seed"]].values.tolist() == [["3", "4"]]
-    after = names["evaluate"](names["policy"])
+    after = plain["evaluate"](plain["policy"])
     assert float(rows["episode_reward"][0]) == pytest.approx(after["episode_reward"], abs=1e-4)
     assert after["episode_reward"] != before["episode_reward"]
-    assert tables.transfer(rows).splitlines()[-1].startswith("| 3 robots | ")
 
 
-def test_the_tutorial_s_table_shows_the_runs_that_are_there(monkeypatch, tmp_path):
-    curve = " ".join(str(iteration) for iteration in range(25))
-    row = {"algorithm": "IPPO", "seed": 0, "episode_reward_mean": curve}
-    monkeypatch.setattr(tutorial, "ROWS", tmp_path / "tutorial.csv")
-    tutorial.add_row(row)
-    lines = tutorial.report().splitlines()
-    assert len(lines) == 3 and lines[2].startswith("| IPPO, 1 runs | 0.00 (lowest 0.00) | 4.00 ")
+def test_the_tutorial_is_changed_in_four_places_or_refused():
+    source = "\nn_iters = 5  #\nmappo = True  #\ntorch.manual_seed(0)\n"
+    source += "f(\n    scenario=scenario_name,\n)"
+    changed = torchrl_tutorial.patched(source, "IPPO", 3)
+    assert "n_iters = 25 " in changed and "mappo = False" in changed
+    assert "manual_seed(3)" in changed and "seed=3," in changed
+    with pytest.raises(ValueError, match="'n_iters = 5' once"):
+        torchrl_tutorial.patched(source.replace("n_iters = 5", "n_iters = 6"), "IPPO", 3)

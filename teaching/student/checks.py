@@ -677,6 +677,16 @@ def weights_after_a_step(loss_by_hand=None):
     return torch.cat([parameter.detach().flatten() for parameter in loss_module.parameters()])
 
 
+@functools.cache
+def weights_by_mistake():
+    """Return the weights after a step with TorchRL's loss, and {hint: those after a wrong one}."""
+    wrong = {
+        hint: weights_after_a_step(functools.partial(loss_with, mistake))
+        for mistake, hint in LOSS_HINTS.items()
+    }
+    return weights_after_a_step(), wrong
+
+
 def complete_update(my_loss):
     """Compare the weights after a step with the given loss to those after a step with TorchRL's."""
     hint = (
@@ -696,11 +706,7 @@ def complete_update(my_loss):
         found = weights_after_a_step(checked)
     except RuntimeError as error:
         raise Hint(f"Exercise 9: No gradient comes through your loss: {error}.") from None
-    expected = weights_after_a_step()
-    mistakes = {
-        hint: weights_after_a_step(functools.partial(loss_with, mistake))
-        for mistake, hint in LOSS_HINTS.items()
-    }
+    expected, mistakes = weights_by_mistake()
     otherwise = (
         "The weights after a step differ from TorchRL's. Check each part. Is the ratio "
         "exp(new - old), for each agent, with a last dimension of size 1? Are the advantages "

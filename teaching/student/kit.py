@@ -187,5 +187,5 @@ def show_tables():
         names = [name for name in rows[0] if name not in hidden and not name.startswith("test_")]
         print(f"{path.stem}\n{'iteration':>9}" + "".join(f"{name:>20}" for name in names))
         for number, row in enumerate(rows, start=1):
-            print(f"{number:>9}" + "".join(f"{float(row[name]):>20.4f}" for name in names))
+            print(f"{number:>9}" + "".join(f"{float(row[name]):>20.4g}" for name in names))
         print()

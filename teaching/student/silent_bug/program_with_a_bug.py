@@ -30,12 +30,13 @@ notebook.
 """
 
 import copy
+import json
 import logging
 import os
 import random
 import time
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 
@@ -392,7 +393,8 @@ for iteration in progress:
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
         row |= {f"test_{key}": value for key, value in evaluate(policy).items()}
-        if row[test_key] >= max((old.get(test_key, 0.0) for old in history), default=0.0):
+        best = max((old.get(test_key, 0.0) for old in history), default=0.0)
+        if row[test_key] >= best:
             best_policy.load_state_dict(policy.state_dict())
     history.append(row)
     run.save(history, learner)
