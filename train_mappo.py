@@ -67,7 +67,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # that worked yesterday may fail today. To each agent, the world looks *non-stationary*. PPO
 # (Schulman et al. 2017, arXiv:1707.06347) limits the damage, because it is *on-policy*. It throws
 # each batch away after a few epochs, whereas a large replay buffer would be full of experience with
-# teammates that no longer exist.
+# outdated versions of the teammates.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -105,14 +105,14 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # |---|---|
 # | frame | one step of one environment, in which all agents act |
 # | episode | from a reset until all robots are at their goals, or time runs out |
-# | success rate | fraction of episodes in which all robots reach their goals in time |
+# | success rate | fraction of episodes in which all robots are at their goals at once, in time |
 # | return | discounted sum of the rewards still to come |
 # | bootstrapping | using the critic's value in place of rewards that were not collected |
 #
 # ## 1. Hyperparameters
 # Every setting is a field of `Config`. Change the defaults here, or override them on the command
-# line, for example with `--n-iters 20`. To add a setting of your own, write its name, type and
-# default. Make it a property, like the one at the end, if its value follows from others.
+# line, for example with `--n-iters 20`. To add a setting of your own, add a line with its name,
+# type and default, or a property like the one at the end if its value follows from others.
 
 
 # %% id="config"
@@ -210,11 +210,11 @@ def save_whole(path, write):
 # %% [markdown]
 # ---
 # ## Engineering (skip this cell and go on to Section 2)
-# The next cell has nothing to do with the method. It turns the fields of `Config` into
-# command-line options, rejects invalid values, saves checkpoints and resumes from them, writes and
-# logs the metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`,
-# `world_size` and `run` from the cells above and touches nothing else, so training gives the same
-# numbers without it.
+# The next cell has nothing to do with the method. It turns the fields of `Config` into command-line
+# options, rejects invalid values, saves checkpoints and resumes from them, writes and logs the
+# metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`, `world_size` and
+# `run` from the cells above and touches nothing else, so training gives the same numbers without
+# it.
 
 # %% id="engineering" jupyter={"source_hidden": true}
 import argparse
@@ -576,12 +576,12 @@ run = SavedRun(cfg, is_program)
 # else's.
 #
 # VMAS simulates `num_vmas_envs` copies of this task as one batch of tensors on `device`. If that is
-# a GPU, the data never leaves it.
+# a GPU, the training data never leaves it.
 #
 # TorchRL components communicate through a TensorDict, a dictionary of tensors that share their
 # leading dimensions, so that you can index and reshape all of them at once. It can be nested, and a
-# tuple such as `("next", "done")` is a path in it. Per-agent data is stored under `"agents"`,
-# and everything that a step returns under `"next"`.
+# tuple such as `("next", "done")` is a path in it. Per-agent data is stored under `"agents"`, and
+# everything that a step returns under `"next"`.
 #
 # Running out of time is not the same as succeeding. After a *termination*, nothing more can be
 # earned, so the value of what follows is 0. A *truncated* episode could have continued, so the
@@ -661,9 +661,8 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # network learns from every agent's experience. The cost is that agents with identical observations
 # behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
-# *Initialization.* Orthogonal weights amplify all directions of a layer's input or output equally.
-# The last layer of the policy starts with small weights, so that at first all actions are spread
-# widely around the center of their range, whatever a robot observes. Andrychowicz et al. (2021,
+# *Initialization.* Weights are orthogonal, and small in the policy's last layer, so that at first
+# all actions are spread widely, whatever a robot observes. Andrychowicz et al. (2021,
 # arXiv:2006.05990) found these small weights to be among the choices that matter most.
 
 
@@ -719,13 +718,13 @@ untrained_policy = ProbabilisticActor(
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
 means = untrained_policy(first_step.clone())["agents", "loc"]  # (num_envs, n_agents, n_actions)
-print("mean actions in one environment, one row per robot:")
+print("means before the tanh in one environment, one row per robot:")
 for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
 
 # %% [markdown]
 # ```
-# mean actions in one environment, one row per robot:
+# means before the tanh in one environment, one row per robot:
 #   -0.0017    0.0000
 #    0.0003    0.0000
 #    0.0024    0.0010
@@ -745,9 +744,9 @@ for row in means[0].tolist():
 # | MAPPO | o_1, o_2, ..., o_n, concatenated (or a global state, if there is one) | 54 numbers |
 #
 # ### By hand
-# This is the whole forward pass. In Sections 4, 6 and 7, each step is first written out in plain
-# PyTorch, then built from TorchRL's parts, and then the two are compared. Nothing else depends on
-# the hand-written versions, so you may leave them out.
+# The next cell is the whole forward pass. In Sections 4, 6 and 7, each step is first written out in
+# plain PyTorch, then built from TorchRL's parts, and then the two are compared. Nothing else
+# depends on the hand-written versions, so you may leave them out.
 
 
 # %% id="critic_by_hand"
@@ -812,10 +811,8 @@ with torch.no_grad():
 # ```
 #
 # Under MAPPO, the agents share the network and its input, so they have *the same value*. Under
-# IPPO, each robot has its own.
-#
-# IPPO is called *independent* although its agents share a network, because no agent's value or
-# action depends on what another agent observes. Sharing weights is a separate choice.
+# IPPO, each robot has its own, although they share the network. *Independent* means that no agent's
+# value depends on what another agent observes.
 #
 # ### What can each critic know?
 # Before a run that takes minutes, try one that takes seconds. Give every agent one random number
@@ -885,10 +882,10 @@ for own_target in (False, True):
 #   predict their average, and its slope is a third of the true one.
 #
 # In theory, a local critic that predicts the sum for three agents has the slope 1 + 2 rho and
-# explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so take this to Section
-# 10: **the better a local critic predicts from correlation, the more it misleads an agent about its
-# own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a slope of
-# nearly three and for one of a third.
+# explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so remember this for
+# Section 10: **the better a local critic predicts from correlation, the more it misleads an agent
+# about its own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a
+# slope of nearly three and for one of a third.
 #
 # A centralized critic does not make the world stationary, and it does not assign credit. It sees no
 # actions, so it says how well the team is doing, but not who is responsible. COMA (Foerster et al.
@@ -948,14 +945,14 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 #                              terminated                                       cut off
 # ```
 #
-# The first episode ends in success, and the environment is reset. The second episode is cut off
-# by the end of the batch, and is treated like one that ran out of time.
+# The first episode ends in success, and the environment is reset. The second episode is cut off by
+# the end of the batch, and is treated like one that ran out of time.
 #
 # ---
 # ## 6. Advantages
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
 # 2016, arXiv:1506.02438) adds up the critic's prediction errors from that step on, with weights
-# that decrease by gamma lmbda per step:
+# that shrink by a factor of gamma lmbda at each step:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -965,8 +962,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
 #
 # ### By hand
-# The function works backward from the last step. The flags have no agent dimension, so they get one
-# of size 1, and every agent uses the same flags.
+# The flags have no agent dimension, so they get one of size 1, and every agent uses the same flags.
 
 
 # %% id="gae_by_hand"
@@ -988,7 +984,8 @@ def gae_by_hand(reward, value, next_value, done, terminated, gamma, lmbda):
 
 # %% [markdown]
 # ### With TorchRL
-# `MultiAgentGAE` does all of this, and also calls the critic. You only have to tell it the keys.
+# `MultiAgentGAE` does all of this, and also calls the critic. You only need to tell it which keys
+# to use.
 
 # %% id="gae"
 estimate_advantages = MultiAgentGAE(
@@ -1033,9 +1030,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # ```
 #
 # Under MAPPO, all robots have the same value and nearly the same reward, and hence nearly the same
-# advantage. How does a robot learn what *it* did right? It needs many frames. Its own good actions
-# raise the shared advantage. The others' actions raise or lower it mostly regardless of what this
-# robot does, so their effects average out.
+# advantage. How does a robot learn what *it* did right? By averaging over many frames. Its own good
+# actions raise the shared advantage, while the others' actions raise or lower it mostly regardless
+# of what this robot does.
 #
 # *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. Suppose
 # that a robot can go left or right, and that some of its values are too high by 1:
@@ -1046,16 +1043,16 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | to the left |
 # | all those after it goes left | c = 0.91 | 0 | to the left, strongly |
 #
-# A wrong baseline changes both actions alike, so it averages out. A wrong bootstrap value depends
-# on where the action led, so it does not. If only one value is wrong, the next delta takes most of
-# the error back, because the value is the baseline there. But a robot that has moved stays where it
-# is, and then the error lasts as well. Each later delta takes back only (1 - gamma) of it, weighted
-# by a power of gamma lmbda, and this remains:
+# A wrong baseline changes both actions alike, so it averages out. A wrong bootstrap value can
+# depend on where the action led, and then it does not. If only one value is wrong, the next delta
+# cancels most of the error, because the value is the baseline there. But a robot that has moved
+# stays where it is, so the error persists. Each later delta cancels only (1 - gamma) of it,
+# weighted by a power of gamma lmbda, and this remains:
 #
 #     c = gamma - (1 - gamma) [gamma lmbda + (gamma lmbda)^2 + ...]
 #       = gamma (1 - lmbda) / (1 - gamma lmbda)
 #
-# With lmbda = 1, nothing remains except where the data is cut off, at the price of more noise.
+# Close to the end of an episode, less remains, because nothing is bootstrapped after a termination.
 # Remember c for Section 10.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
@@ -1068,15 +1065,13 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #     objective = mean of min(ratio_i A_i, clip(ratio_i, 1 - clip_epsilon, 1 + clip_epsilon) A_i)
 #
 # *Clipping.* If an action was good, nothing is gained by making it more than 1 + clip_epsilon times
-# as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as
-# likely. The min keeps the gradient where the ratio has moved in the wrong direction, for example
-# where a good action has become less likely. Clipping does not force the ratios to stay near 1. It
-# only removes the incentive to leave.
+# as likely, and if it was bad, by making it less than 1 - clip_epsilon times as likely. The min
+# keeps the gradient where the ratio has moved in the wrong direction.
 #
 # *Several agents.* We clip each agent's ratio separately, even though all policies change at once.
-# The joint ratio of the team is the product of the agents' ratios, and it strays further from 1 the
-# more agents there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
-# arXiv:2202.00082).
+# The joint ratio of the team is the product of the agents' ratios, and it tends to stray further
+# from 1 the more agents there are. That argues for a smaller clip_epsilon in large teams (Sun et
+# al. 2022, arXiv:2202.00082).
 #
 # *Normalization.* Advantages are normalized to zero mean and unit standard deviation over the
 # minibatch, for each agent separately, so that an agent with larger advantages does not drown out
@@ -1184,10 +1179,10 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # 5. throw the batch away
 #
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
-# second defines what is measured. Only the first episode of each environment counts, because a
-# later one has less time left in the batch, which would undercount slow successes. During training,
-# actions are sampled. In a test, the policy acts deterministically and plays the same episodes each
-# time, and the best policy so far is kept.
+# second defines what is measured. Only the first episode in each environment counts. Later ones
+# have less time left in the batch, so slow successes would be missed. During training, actions are
+# sampled. In a test, the policy acts deterministically and plays the same episodes each time, and
+# the best policy so far is kept.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
@@ -1237,7 +1232,7 @@ def evaluate(policy):
 
 
 # %% id="loop"
-run.resume(cfg, folder, history, learner)  # the engineering cell; without it, these four do nothing
+run.resume(cfg, folder, history, learner)  # without the engineering cell, `run` does nothing
 loss_module = run.distribute(loss_module)
 inputs = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
 update_metrics = ["loss_objective", "loss_critic", "loss_entropy"]
@@ -1288,7 +1283,7 @@ run.finish()
 
 # %% [markdown]
 # ### Read the metrics
-# `history` has one row per iteration, which the engineering cell also writes to `metrics.csv`.
+# `history` has one row per iteration. The engineering cell also writes these rows to `metrics.csv`.
 # These are the first and last rows of default MAPPO runs, given as ranges over ten seeds.
 #
 # | metric | meaning | first | last |
@@ -1325,7 +1320,7 @@ run.finish()
 # ---
 # ## 9. Evaluation
 # Here the untrained and the trained policy play the test episodes. If an earlier policy did better
-# than the last one, it is included, too.
+# than the last one, its results are shown as well.
 
 # %% id="evaluation"
 evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
@@ -1349,12 +1344,13 @@ for key in evaluation["trained"]:
 # collisions                                0.000       0.003
 # ```
 #
-# A best policy was chosen on these same episodes, so expect it to do slightly worse on others.
+# If a best policy is listed, it was chosen on these same episodes, so expect it to do slightly
+# worse on others.
 #
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
 # ---
-# ## 10. Why one of them unlearns the task
+# ## 10. Why one algorithm unlearns the task
 # Back to the opening question. Check your guess by running both commands or, in a notebook, by
 # changing `mappo` and `n_iters`.
 #
@@ -1363,7 +1359,7 @@ for key in evaluation["trained"]:
 # python train_mappo.py --no-mappo --n-iters 15
 # ```
 #
-# One seed proves little, so here are the success rates in test episodes, means over ten seeds.
+# One seed proves little, so here are the success rates in test episodes, averaged over ten seeds.
 #
 # | after | 5 iterations | 10 | 15 | 20 |
 # |---|---|---|---|---|
@@ -1377,8 +1373,9 @@ for key in evaluation["trained"]:
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
 # moves a little, it earns its progress, and its value V_1 changes. As Section 6 showed, a lasting
 # change in value is weighted by c. So at each point, the advantage favors the direction in which
-# progress plus c V_1 grows fastest. The next cell draws this direction at each point of a grid.
-# Thin green arrows lead toward the goal of robot 1, and thick red ones away from it.
+# progress plus c V_1 grows fastest. The next cell draws this direction at each point of a grid, for
+# a robot at rest. Thin green arrows lead toward the goal of robot 1, and thick red ones away from
+# it. Training rarely visits many of these situations, so take the map as a sketch.
 #
 # Where do you expect red arrows, if any?
 
@@ -1467,14 +1464,14 @@ if sees_own_goal:
 # IPPO, 15 iterations: @A15% of the arrows lead away from the goal
 # ```
 #
-# Under MAPPO, all arrows lead to the goal, except for a few that steer around another robot. Under
-# IPPO, red arrows surround the goal, and their ring grows from one iteration to the next. Training
-# pushes the robots out of the ring. IPPO's critic has turned the goal into a place to avoid.
+# Under MAPPO, nearly all arrows lead toward the goal. Under IPPO, red arrows surround the goal, and
+# there are many more of them after 15 iterations than after 10. They push the robots away. IPPO's
+# critic has turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
-# All robots drive to their goals at the same time, and a local critic sees little more than its
-# own. When that robot is near its goal, the others usually are as well, and there is little left to
-# earn for *anybody*. Their distances are correlated like the numbers of Section 4. So a low value
+# All robots drive to their goals at the same time, and a local critic sees little beyond its own
+# robot. When that robot is near its goal, the others usually are too, and there is little left for
+# *anybody* to earn. Their distances are correlated like the numbers in Section 4. So a low value
 # near the goal is a good prediction, but it is the wrong way to judge one robot's move, because the
 # others get no closer when that robot moves.
 #
@@ -1491,14 +1488,14 @@ if sees_own_goal:
 # The value of a centralized critic drops by what the robot has just earned. The value of a local
 # critic drops by *more than that*.
 #
-# Then how does MAPPO learn from an advantage of 0? It does so because its values drop by less than
-# 1. With discounting, a unit that would otherwise be earned T steps later counts only gamma^T in
-# the value. And a policy that still fails in some episodes might never earn it.
+# Then how does MAPPO learn from an advantage of 0? Its advantage is not quite 0, because its values
+# drop by less than 1. With discounting, a unit that would otherwise be earned T steps later counts
+# only gamma^T in the value, and a policy that still fails in some episodes might never earn it.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
 # waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
 # slope is above 1.1**. That holds where the slope is the same everywhere. If it grows toward the
-# goal as gamma^T does, the threshold is lower, but still above 1. The next cell measures the slope
+# goal as gamma^T does, the threshold is 1 / gamma, which is 1.01. The next cell measures the slope
 # of your critic on a new batch. It moves one robot in the critic's input and leaves its velocity
 # and lidar readings as they were, so the critic judges situations slightly different from any it
 # has seen.
@@ -1544,9 +1541,9 @@ if sees_own_goal:
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
-# Section 4 has a slope for every combination of critic and reward. Here they are alongside the
-# slopes of trained critics, means over ten seeds. In the first row, rho is the correlation of the
-# robots' distances to their goals.
+# Section 4 has a slope for every combination of critic and reward. Here they are next to the slopes
+# of trained critics, averaged over ten seeds. In the first row, rho is the correlation of the
+# robots' distances to their goals in the batches of IPPO's tenth iteration.
 #
 # | critic | reward | Section 4 | after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
@@ -1555,26 +1552,28 @@ if sees_own_goal:
 # | centralized | shared | 1 | @CS10 | @CS15 | @CSA | @CSS |
 # | centralized | individual | 1/3 | @CI10 | @CI15 | @CIA | @CIS |
 #
-# A new critic has a slope of 0, which approaches its limit from below as the critic learns. That is
-# why both algorithms look alike at first. Discounting keeps the slopes below those of Section 4.
-# Only in the first row is the limit high enough to do harm. On every seed, IPPO's success peaks
-# within @N iterations of the slope passing 1.1.
+# At first, the slopes are small, because the critics have learned little. That is why both
+# algorithms look alike in the beginning. Discounting and failed episodes keep the slopes below
+# those of Section
+# 4. Only in the first row is there room for harm. On every seed, IPPO's success in tests peaks
+#    within @N iterations of the slope passing 1.1. The explained variance rises all the while, from
+#    @EV10 after 10 iterations to @EV15 after 15.
 #
-# Explained variance won't warn you. While IPPO's policy falls apart, it rises from @EV10 to @EV20.
+# IPPO's robots then no longer arrive together, so rho and the slope fall again. The reward recovers
+# for a while after 25 iterations, as you would expect, but success does not come back within 50.
 #
-# ### What the textbook says
+# ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the
-# others are. You know more about that from o_i, a_i and o_i' together, because a robot that has
-# moved by itself has not moved the others, than from o_i' alone. But V_i' is computed from o_i'
-# alone, so bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both
-# kinds of critic give the same gradient in expectation. Their local critic is exact and sees its
-# agent's whole *history*, which contains the step that it has just made. Ours sees one observation.
+# others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a robot
+# that has moved by itself has not moved the others. But V_i' is computed from o_i' alone, so
+# bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both kinds of
+# critic give the same gradient in expectation. Their local critic is exact and sees its agent's
+# whole *history*, which contains the step that it has just made. Ours sees one observation.
 #
 # ### When does a centralized critic pay off?
-# It pays off when what an agent cannot observe makes up much of its return, is *correlated* with
-# what it observes, and lies within the horizon, which is about 1 / (1 - gamma) steps. If you remove
-# any one of these conditions, a local critic should not mislead. Each of the following changes
-# removes one, and nothing else.
+# It protects against this failure when three conditions hold. What an agent cannot observe makes up
+# much of its return, is *correlated* with what it observes, and lies within the horizon, which is
+# about 1 / (1 - gamma) steps. If you remove any one of them, a local critic should not mislead.
 #
 # | change | removes | IPPO | MAPPO |
 # |---|---|---|---|
@@ -1584,14 +1583,15 @@ if sees_own_goal:
 # | gamma = 0.9 | the horizon | 1.00 | 0.99 |
 # @MOVING
 #
-# These are success rates after 15 iterations, means over ten seeds. The first change adds a single
-# number to the local critic's input. With `lmbda = 1`, c is 0 and a wrong slope hardly counts, but
-# then the advantages are so noisy that neither algorithm learns the task in 15 iterations.
+# These are success rates after 15 iterations, averaged over ten seeds. The first change adds a
+# single number to the local critic's input. The third also lowers c to 0.47. With `lmbda = 1`, the
+# error cancels except where the data is cut off, but then the advantages are so noisy that neither
+# algorithm learns the task in 15 iterations.
 #
-# Could it be a bug in this file? TorchRL's own tutorial has the same hyperparameters, but keeps
-# PyTorch's initialization, does not normalize advantages, weights the value loss twice as heavily
-# and counts the time limit as a termination. It stops after 5 iterations. If you let it run longer,
-# its IPPO unlearns the task as well. This is its training reward, averaged over ten seeds:
+# Could it be a bug in this file alone? TorchRL's own tutorial has the same hyperparameters, but
+# keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as
+# heavily and counts the time limit as a termination. It stops after 5 iterations. If you let it run
+# longer, its IPPO unlearns the task as well. This is its training reward, averaged over ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
@@ -1716,6 +1716,6 @@ else:
 # 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, for any team size.
 # 5. One. The advantage is then r_i + gamma V_i' - V_i.
 # 6. It would keep old frames and learn from them again. PPO must not, because its ratio corrects
-#    only for the small step from the policy that collected the batch.
+#    for the probabilities of actions, but not for the states that another policy would visit.
 # 7. Two likely reasons are that actions are sampled during training, so robots jitter around their
 #    goals, and that the last batch was collected before the last update.

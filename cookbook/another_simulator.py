@@ -6,8 +6,8 @@ have to cover three landmarks without touching. An episode is never terminated, 
 
 First, `pip install pettingzoo==1.27.0 mpe2==1.1.1`. The first cell goes after the cell `config`,
 the second one replaces `make_env`, and the third one goes after `measures`. Leave out `video`,
-which shows VMAS only. The engineering cell asks for the name of a VMAS scenario, and VMAS happens to
-have this one, too. For a task that VMAS does not have, make `return` the first line of the function
+which shows VMAS only. The engineering cell accepts scenarios of VMAS, which happens to have one of
+this name, too. For a task that VMAS does not have, make `return` the first line of the function
 `check_scenario` in that cell.
 
 It is slow because PettingZoo simulates one environment at a time in Python, so each frame is paid
@@ -51,6 +51,7 @@ def make_env(num_envs, seed):
     """Return `num_envs` environments, which take their steps one after the other."""
     simulator = SerialEnv(num_envs, make_one)
     simulator.set_seed(seed)
+    simulator.n_agents = cfg.n_agents  # an attribute that VMAS's environments have
     return simulator.append_transform(StepCounter(cfg.max_steps))
 
 

@@ -203,13 +203,12 @@ def run_lacking(names):
 
 
 def report():
-    """Update the tables of README.md and the figures; name the runs that have no rows."""
+    """Update the tables of README.md and its figures; name the runs that have no rows."""
     results, archive = tables.read(RESULTS), tables.read(ARCHIVE)
     write_whole(README, tables.with_tables(README.read_text("utf-8"), results, archive))
     for name, (labels, columns) in tables.FIGURES.items():
-        there = {label: one for label, one in labels.items() if one in set(results["experiment"])}
-        if there:
-            tables.draw(results, there, columns).savefig(STUDY / f"{name}.png", dpi=120)
+        if set(labels.values()) <= set(results["experiment"]):
+            tables.draw(results, labels, columns).savefig(STUDY / f"{name}.png", dpi=120)
     rows = read_rows(RESULTS)
     for experiment in PLAN:
         missing, wanted = len(lacking(experiment, rows)), len(experiment.runs())

@@ -346,6 +346,7 @@ STYLE = {
 }
 PANELS = {  # of a figure: {column: title}
     SUCCESS: "success rate in test episodes",
+    REWARD: "reward in test episodes",
     "slope": "slope of the value",
     "rho": "correlation of the remaining distances",
     "predicted_slope": "slope predicted from the distances",
@@ -357,12 +358,13 @@ def draw(rows, labels, columns):
 
     A thin line is a run, and a thick one the mean of the runs.
     """
-    size = (1 + 4.4 * len(labels), 0.8 + 2.6 * len(columns))
+    size = (1.4 + 4 / len(labels) ** 0.25 * len(labels), 0.8 + 2.6 * len(columns))
     figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(len(columns), len(labels), sharex=True, sharey="row", squeeze=False)
+    panels = figure.subplots(len(columns), len(labels), sharex=True, squeeze=False)
     for place, (label, experiment) in enumerate(labels.items()):
         for axes, name in zip(panels[:, place], columns, strict=True):
-            axes.set_title(f"{label}: {PANELS[name]}" if len(labels) > 1 else PANELS[name])
+            axes.set_title(PANELS[name] if len(labels) == 1 else label)
+            axes.set_ylabel(PANELS[name] if len(labels) > 1 and place == 0 else "")
             for algorithm, style in STYLE.items():
                 same = (rows["experiment"] == experiment) & (rows["algorithm"] == algorithm)
                 runs = rows[same].pivot(index="after", columns="seed", values=name).dropna()
@@ -385,10 +387,11 @@ def draw(rows, labels, columns):
     return figure
 
 
-CUT = {name: CORRELATION[name] for name in ("goals that move on", "goals equally far away")}
-CUT |= {"one robot drives at a time": "turns"}
+CUT = ["the defaults", "goals that move on", "goals equally far away"]
+TURNS = ["one robot drives at a time", "the same square, all drive"]
 FIGURES = {  # {name: (labels, columns)}
     "slopes": (DEFAULTS, [SUCCESS, "slope"]),
     "rho": (DEFAULTS, ["rho", "predicted_slope"]),
-    "correlation": (CUT, [SUCCESS, "slope"]),
+    "correlation": ({label: CORRELATION[label] for label in CUT}, [REWARD, "slope"]),
+    "turns": ({label: CORRELATION[label] for label in TURNS}, [SUCCESS, "slope"]),
 }

@@ -20,6 +20,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import jupytext
@@ -65,21 +66,28 @@ def pins():
 
 def setup_check(needed):
     """Return the source of a cell that says what is missing to run a notebook."""
-    return f"""\
+    lines = textwrap.fill(" ".join(needed), 76, break_on_hyphens=False)
+    return f'''\
 # Set-up check: run this cell first. It says what is missing and how to install it.
 import importlib.metadata
 import sys
 
-needed = {needed!r}
-found = {{one.metadata["Name"].lower() for one in importlib.metadata.distributions()}}
-missing = [pin for pin in needed.split() if pin.split("==")[0] not in found]
+needed = """
+{lines}
+"""
+found = {{one.metadata["Name"].lower(): one.version for one in importlib.metadata.distributions()}}
+pairs = [pin.split("==") for pin in needed.split()]
+missing = [f"{{name}}=={{version}}" for name, version in pairs if name not in found]
+other = [name for name, version in pairs if found.get(name, version).split("+")[0] != version]
 if sys.version_info < (3, 10):
     print("Python", sys.version.split()[0], "is too old. You need 3.10 or later.")
 elif missing:
     print("Something is missing. Run this line in a new cell, then restart the kernel:")
     print("%pip install", *missing)
 else:
-    print("Everything is installed.")"""
+    print("Everything is installed.")
+if other:
+    print("Of these, you have another version than the tested one:", *other)'''
 
 
 def first_cell(source):
@@ -111,7 +119,7 @@ def make_student_lesson():
             cell.source = "\n\n".join(part for part in kept if part)
         above = cell.id if cell.cell_type == "code" else ""
         cells += [cell] if cell.source else []
-    notebook.cells = [first_cell(setup_check(" ".join(pins()))), *cells]
+    notebook.cells = [first_cell(setup_check(pins())), *cells]
     return notebook
 
 
@@ -129,7 +137,7 @@ def make_exercises():
     """Return the exercises with blanks."""
     notebook = read(with_blanks(SOLUTIONS.read_text("utf-8")))
     notebook.cells = [cell for cell in notebook.cells if not cell.id.startswith("solution_")]
-    notebook.cells.insert(0, first_cell(setup_check(" ".join([*pins(), "ipykernel"]))))
+    notebook.cells.insert(0, first_cell(setup_check(pins())))
     return notebook
 
 

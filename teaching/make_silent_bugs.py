@@ -98,7 +98,7 @@ def make_program():
     """Return a program with the mistake to be found: the lesson's code without its engineering."""
     cells = [source for name, source in cells_with(IN_THE_PROGRAM) if name != "engineering"]
     head = [
-        "# ruff: noqa: E402, F811",
+        "# ruff: noqa: E402, F401, F811",
         "# The lesson's code up to the training loop, with one mistake in it. It runs.",
     ]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(one) for one in cells])

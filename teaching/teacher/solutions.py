@@ -157,7 +157,7 @@ prediction = {  # (algorithm, iterations): success rate
 }
 
 # %% id="check_4"
-measured = checks.look(prediction)
+checks.look(prediction)
 
 # %% [markdown] id="exercise_4_maps"
 # Now look at what the two critics teach. The lesson's arrow map shows in which direction the
@@ -671,7 +671,7 @@ edit = ["--gamma", "0.9"]
 # end of solution
 
 # %% id="check_12"
-checks.help_the_one_that_fails(edit, measured, TRAIN)
+checks.help_the_one_that_fails(edit, TRAIN)
 
 # %% [markdown] id="solution_12"
 # A gamma of 0.9 works, and so do individual rewards, `["--scenario-options", '{"shared_rew":

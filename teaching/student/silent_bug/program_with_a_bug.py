@@ -1,4 +1,4 @@
-# ruff: noqa: E402, F811
+# ruff: noqa: E402, F401, F811
 # The lesson's code up to the training loop, with one mistake in it. It runs.
 
 
