@@ -538,6 +538,8 @@ if dist.is_torchelastic_launched():  # by torchrun
 if rank > 0:
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  process 0 speaks for all
 if is_program:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # folder names may contain anything
     cfg = read_command_line(cfg)
 else:
     check(cfg, Path(cfg.run_folder or "runs").expanduser(), None)
@@ -617,7 +619,7 @@ batch_frames = cfg.frames_per_batch // world_size
 minibatch_frames = cfg.minibatch_size // world_size
 
 env = make_env(num_envs, seed_for("environment"))
-n_obs = env.observation_spec["agents", "observation"].shape[-1]
+n_agents, n_obs = env.observation_spec["agents", "observation"].shape[-2:]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # shape, type and bounds
 n_actions = action_spec.shape[-1]
 
@@ -688,7 +690,7 @@ def orthogonal_init(network, final_gain):
 # %% id="policy"
 torch.manual_seed(seed_for("policy"))
 network_options = {
-    "n_agents": env.n_agents,
+    "n_agents": n_agents,
     "n_agent_inputs": n_obs,
     "depth": cfg.depth,
     "num_cells": cfg.num_cells,
@@ -1145,7 +1147,7 @@ torch.manual_seed(seed_for("shift"))
 frames = first_batch.clone()
 estimate_advantages(frames)
 frames = frames.reshape(-1)[:minibatch_frames]
-noise = torch.randn(minibatch_frames, env.n_agents, device=cfg.device)
+noise = torch.randn(minibatch_frames, n_agents, device=cfg.device)
 frames["agents", "action_log_prob"] += 0.3 * noise
 frames["advantage"][:, 0] += noise[:, :1]
 torch.manual_seed(seed_for("entropy"))
@@ -1511,7 +1513,7 @@ def value_slope(step=0.05):
     torch.manual_seed(seed_for("slope"))
     seen = collector.next()["agents", "observation"]  # (num_envs, max_steps, n_agents, n_obs)
     drops = []
-    for robot in range(env.n_agents):
+    for robot in range(n_agents):
         from_goal = seen[..., robot, 4:6]  # its position minus its goal
         distance = from_goal.norm(dim=-1, keepdim=True)
         closer = seen.clone()

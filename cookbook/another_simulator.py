@@ -17,9 +17,10 @@ for separately, whereas VMAS computes one step of all environments at once.
 
 # %% after="config"
 cfg.scenario_name = "simple_spread"
-cfg.max_steps = 25  # as in PettingZoo
-cfg.n_iters = 20
-cfg.evaluation_interval, cfg.evaluation_episodes = 10, 100  # playing is what takes time here
+cfg.max_steps, cfg.gamma = 25, 0.95  # as short as in PettingZoo
+cfg.frames_per_batch, cfg.minibatch_size, cfg.n_iters = 3000, 300, 40
+cfg.num_epochs, cfg.num_cells, cfg.lr = 10, 128, 1e-3
+cfg.evaluation_interval, cfg.evaluation_episodes = 10, 100  # fewer frames to wait for
 
 # %% replaces="make_env, video"
 from mpe2 import simple_spread_v3

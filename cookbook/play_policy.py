@@ -33,7 +33,7 @@ policy, settings = Policy(given.policy), json.loads(record.read_text("utf-8"))
 scenario = settings["scenario_name"]  # for a scenario of your own: its class, such as Meet()
 known = [*vmas.scenarios, *vmas.mpe_scenarios, *vmas.debug_scenarios]
 if isinstance(scenario, str) and scenario not in known:
-    parser.error(f"scenario_name is '{scenario}', which VMAS does not have. Put its class in here")
+    parser.error(f"scenario_name is '{scenario}', not one of VMAS. Put its class into this program")
 env = vmas.make_env(
     scenario,
     num_envs=200,
@@ -43,6 +43,9 @@ env = vmas.make_env(
     **settings["scenario_options"],
 )
 observations, images = env.reset(), []  # one tensor of shape (num_envs, n_obs) for each robot
+separate = policy.weights[0].dim() == 3 and env.n_agents != policy.n_agents
+if separate or observations[0].shape[-1] != policy.n_obs:
+    parser.error(f"n_agents is {env.n_agents}, but must be {policy.n_agents} for this policy")
 ended = torch.zeros(env.num_envs, dtype=torch.bool)
 for _ in range(settings["max_steps"]):
     if given.video and not ended[0]:

@@ -61,10 +61,11 @@ def play(names):
 
 
 def draw_square(axes, goals):
-    """Draw the goals as pale discs with a cross, on axes that show where the robots drive."""
-    for goal, (color, _) in zip(goals.tolist(), ROBOTS, strict=True):
+    """Draw the goals as pale discs with a number, on axes that show where the robots drive."""
+    for robot, (color, _) in enumerate(ROBOTS):
+        goal = goals[robot].tolist()
         axes.add_patch(Circle(goal, 0.1, color=color, alpha=0.3))
-        axes.plot(*goal, "x", color="black", markersize=7)
+        axes.text(*goal, robot + 1, ha="center", va="center")
     axes.set(aspect="equal", xlim=(-0.95, 0.95), ylim=(-0.85, 0.55), xticks=[], yticks=[])
 
 

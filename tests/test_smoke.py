@@ -6,7 +6,8 @@ import re
 import pytest
 from PIL import Image
 
-from conftest import BAR, TINY, finish, options, rows, start, strange_lines
+from cells import finish, start
+from conftest import BAR, TINY, options, rows, strange_lines
 
 FILES = {"checkpoint.pt", "metrics.csv", "hyperparameters.json", "evaluation.json", "policy.pt"}
 FILES |= {"best_policy.pt", "learning_curves.png", "arrows.png", "rollout.gif"}

@@ -482,9 +482,9 @@ checks.complete_update(my_loss)
 # observations, rewards, done, info = env.step(list_with_one_action_tensor_per_robot)
 # ```
 #
-# Observations and rewards come as a list with one tensor for each robot, and `done` is True from
-# the step on in which both robots are at their goals. An environment does not reset itself, so play
-# 100 steps in all of them, and leave out the frames after the first `done`.
+# Observations and rewards come as a list with one tensor for each robot, and `done` is True where
+# both robots are at their goals. An environment does not reset itself, so play 100 steps in all of
+# them, and leave out the frames after the first `done`.
 #
 # <details><summary>Hint 1: the outline</summary>
 #
