@@ -1365,8 +1365,8 @@ for key in evaluation["trained"]:
 #
 # | after | 5 iterations | 10 | 15 | 20 |
 # |---|---|---|---|---|
-# | MAPPO | @M5 | @M10 | @M15 | @M20 |
-# | IPPO | @I5 | @I10 | @I15 | @I20 |
+# | MAPPO | 0.34 | 0.95 | 0.99 | 0.99 |
+# | IPPO | 0.21 | 0.90 | 0.04 | 0.00 |
 #
 # IPPO learns the task and then unlearns it. Its training reward falls as well, so it has not found
 # anything better. Something is teaching it to get worse.
@@ -1463,7 +1463,7 @@ if sees_own_goal:
 # ```
 # MAPPO, 10 iterations: 2% of the arrows lead away from the goal
 # IPPO, 10 iterations: 25% of the arrows lead away from the goal
-# IPPO, 15 iterations: @A15% of the arrows lead away from the goal
+# IPPO, 15 iterations: 52% of the arrows lead away from the goal
 # ```
 #
 # Under MAPPO, nearly all arrows lead toward the goal. Under IPPO, red arrows surround the goal, and
@@ -1549,19 +1549,19 @@ if sees_own_goal:
 #
 # | critic | reward | Section 4 | after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
-# | local | shared | 1 + 2 rho = @LSP | @LS10 | @LS15 | @LSA | @LSS |
+# | local | shared | 1 + 2 rho = 1.8 | 0.88 | 1.54 | -0.40 | 0.04 |
 # | local | individual | 1 | @LI10 | @LI15 | @LIA | @LIS |
-# | centralized | shared | 1 | @CS10 | @CS15 | @CSA | @CSS |
+# | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | @CI10 | @CI15 | @CIA | @CIS |
 #
 # At first, the slopes are small, because the critics have learned little. That is why both
 # algorithms look alike in the beginning. Discounting and failed episodes keep the slopes below
-# those of Section
-# 4. Only in the first row is there room for harm. On every seed, IPPO's success in tests peaks
-#    within @N iterations of the slope passing 1.1. The explained variance rises all the while, from
-#    @EV10 after 10 iterations to @EV15 after 15.
+# those of Section 4, and only in the first row is there room for harm. On every seed, IPPO's
+# success in tests peaks one to three iterations before its slope passes 1.1. It peaks that early
+# because the slope is an average, and near the goals, where the red arrows begin, it is steeper.
+# The explained variance rises all the while, from 0.84 after 10 iterations to 0.95 after 15.
 #
-# IPPO's robots then no longer arrive together, so rho and the slope fall again. The reward recovers
+# Then IPPO's robots no longer arrive together, so rho and the slope fall again. The reward recovers
 # for a while after 25 iterations, as you would expect, but success does not come back within 50.
 #
 # ### What theory says
@@ -1579,7 +1579,7 @@ if sees_own_goal:
 #
 # | change | removes | IPPO | MAPPO |
 # |---|---|---|---|
-# | none | | @I15 | @M15 |
+# | none | | 0.04 | 0.99 |
 # | the critic also sees the sum of the others' distances | what it cannot observe | 0.99 | |
 # | individual rewards | its share of the return | @LIS | @CIS |
 # | gamma = 0.9 | the horizon | 1.00 | 0.99 |

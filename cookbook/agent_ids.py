@@ -23,7 +23,6 @@ class AgentSpecificCritic(MultiAgentMLP):
 
 
 torch.manual_seed(seed_for("critic"))
-n_agents = network_options["n_agents"]
 critic_network = AgentSpecificCritic(
     **{**network_options, "n_agent_inputs": n_obs + n_agents * n_obs + n_agents},
     n_agent_outputs=1,

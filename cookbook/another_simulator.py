@@ -52,7 +52,6 @@ def make_env(num_envs, seed):
     """Return `num_envs` environments, which take their steps one after the other."""
     simulator = SerialEnv(num_envs, make_one)
     simulator.set_seed(seed)
-    simulator.n_agents = cfg.n_agents  # an attribute that VMAS's environments have
     return simulator.append_transform(StepCounter(cfg.max_steps))
 
 

@@ -34,7 +34,7 @@ def make_env(num_envs, seed):
 # %% replaces="policy"
 torch.manual_seed(seed_for("policy"))
 network_options = {
-    "n_agents": env.n_agents,
+    "n_agents": n_agents,
     "n_agent_inputs": n_obs,
     "depth": cfg.depth,
     "num_cells": cfg.num_cells,

@@ -4,7 +4,8 @@ Returns of another scenario may be a hundred times as large, and so is their val
 takes a normalizer that keeps the running mean and standard deviation of the targets, and scales
 both the targets and the critic's values in the loss. The critic itself still works in the units of
 the reward, so nothing else changes. `RunningValueNorm` weighs all past targets equally.
-`PopArtValueNorm(shape=1, beta=0.999)` forgets old ones.
+`PopArtValueNorm(shape=1, beta=0.999)` forgets old ones. Under torchrun, each process normalizes by
+what it has seen itself.
 
 The first cell replaces the cells `loss` and `loss_check`, and the second one goes before `loop`.
 """

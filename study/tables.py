@@ -109,6 +109,34 @@ def versus(rows, labels, columns=(SUCCESS, STEPS), after=None):
     return markdown(["", *head], lines)
 
 
+def course(rows, experiment, stops, columns):
+    """Show means over the runs of MAPPO and IPPO, a line for each number of iterations."""
+    lines = []
+    for after in stops:
+        pair = [choose(rows, experiment, one, after) for one in ("MAPPO", "IPPO")]
+        lines.append([after, *(f"{runs[name].mean():.2f}" for name in columns for runs in pair)])
+    head = [text for name in columns for text in (f"{TITLES[name]}, MAPPO", "IPPO")]
+    return markdown(["iterations", *head], lines)
+
+
+def fall(rows, experiment):
+    """Show for each seed of IPPO when its slope passes the limit, and when its success falls."""
+    runs = rows[(rows["experiment"] == experiment) & (rows["algorithm"] == "IPPO")]
+    lines = []
+
+    def first(condition):
+        return condition.idxmax() if condition.any() else "never"
+
+    for seed, run in runs.set_index("after").groupby("seed"):
+        success, slope = run[SUCCESS], run["slope"]
+        best = success.idxmax()
+        passed = [first(slope > limit) for limit in (1.0, 1.1)]
+        half = first(success[best:] < success[best] / 2)
+        lines.append([seed, best, f"{success[best]:.2f}", f"{slope[best]:.2f}", *passed, half])
+    head = ["seed", "best success after", "success", "slope there"]
+    return markdown([*head, "slope above 1.0", "above 1.1", "success below half"], lines)
+
+
 def band(rows, experiment):
     """Show the range over runs of each column of metrics.csv, after the first and the tenth."""
     runs = [choose(rows, experiment, one, at) for one in ("MAPPO", "IPPO") for at in (1, 10)]
@@ -187,15 +215,11 @@ TEN_TO_TWENTY = [10, 15, 20]
 NEW = {  # tables of results.csv: {name: (function, arguments)}
     "defaults": (grid, {"labels": DEFAULTS, "columns": {SUCCESS: [5, 10, 15, 20]}}),
     "slopes": (
-        grid,
+        course,
         {
-            "labels": DEFAULTS,
-            "columns": {
-                "rho": [10, 20],
-                "predicted_slope": [10, 20],
-                "slope": [5, 10, 15, 20],
-                "explained_variance": [10, 20],
-            },
+            "experiment": "defaults",
+            "stops": [1, 5, 8, 10, 12, 15, 20],
+            "columns": [SUCCESS, "rho", "predicted_slope", "slope", "explained_variance"],
         },
     ),
     "correlation": (
@@ -218,6 +242,7 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
             "columns": {SUCCESS: [*TEN_TO_TWENTY, 25, 30], "slope": [15, 20, 30]},
         },
     ),
+    "fall": (fall, {"experiment": "defaults"}),
     "band": (band, {"experiment": "defaults"}),
 }
 OLD = {  # tables of archive.csv
@@ -377,8 +402,9 @@ def draw(rows, labels, columns):
             if "slope" in name:  # above it, progress has a negative advantage
                 axes.axhspan(1.0, 1.1, color="black", alpha=0.15)
                 axes.axhline(1.05, color="black", linestyle=":", linewidth=1.5)
-                axes.text(1, 1.13, "above the band, progress is a loss")
                 axes.set_ylim(-0.1, 2.1)
+            if name == "slope":
+                axes.text(1, 1.13, "above the band, progress is a loss")
             axes.grid(axis="y", alpha=0.3)
             axes.tick_params(labelbottom=True)
             axes.xaxis.get_major_locator().set_params(integer=True)

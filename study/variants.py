@@ -19,15 +19,16 @@ class MeasuredRun(SavedRun):
 def measure_slope(step=0.05):
     """Return the value's slope, the correlation of the distances left, and the slope it predicts.
 
-    The slope is the lesson's `value_slope()`. The other two are means over the robots in the same
-    batch: the correlation `rho` of the distances that two robots have left, and the coefficient of
-    a linear regression of the team's distance left, summed, on one robot's own.
+    The slope is the lesson's `value_slope()`, and `near_slope` the same for robots that are less
+    than 0.4 away. The others are means over the robots in the same batch: the correlation `rho` of
+    the distances that two robots have left, and the coefficient of a linear regression of the
+    team's distance left, summed, on one robot's own.
     """
     env.set_seed(seed_for("slope"))
     torch.manual_seed(seed_for("slope"))
     seen = collector.next()["agents", "observation"]  # (num_envs, max_steps, n_agents, n_obs)
-    drops = []
-    for robot in range(env.n_agents):
+    drops, near_drops = [], []
+    for robot in range(n_agents):
         from_goal = seen[..., robot, 4:6]  # its position minus its goal
         distance = from_goal.norm(dim=-1, keepdim=True)
         closer = seen.clone()
@@ -35,12 +36,15 @@ def measure_slope(step=0.05):
         closer[..., robot, 4:6] -= step * from_goal / distance
         with torch.no_grad():
             drop = (critic_network(seen) - critic_network(closer))[..., robot, 0]
-        drops.append(drop[distance.squeeze(-1) > 0.1])
+        distance = distance.squeeze(-1)
+        drops.append(drop[distance > 0.1])
+        near_drops.append(drop[(distance > 0.1) & (distance < 0.4)])
     left = seen[..., 4:6].norm(dim=-1).flatten(0, 1).T  # (n_agents, frames)
     covariance, correlation = left.cov(), left.corrcoef()
-    pairs = env.n_agents * (env.n_agents - 1)
+    pairs = n_agents * (n_agents - 1)
     return {
         "slope": torch.cat(drops).mean().item() / step,
+        "near_slope": torch.cat(near_drops).mean().item() / step,
         "rho": ((correlation.sum() - correlation.trace()) / pairs).item(),
         "predicted_slope": (covariance.sum(1) / covariance.diagonal()).mean().item(),
     }
@@ -133,6 +137,33 @@ critic_network = CriticWithDistance(
     n_agent_outputs=1,
     centralized=cfg.mappo,
     share_params=cfg.share_parameters_critic,
+    device=cfg.device,
+)
+orthogonal_init(critic_network, final_gain=1.0)
+critic = TensorDictModule(
+    critic_network,
+    in_keys=[("agents", "observation")],
+    out_keys=[("agents", "state_value")],
+)
+
+
+# %% agent IDs before="gae"
+class AgentSpecificCritic(MultiAgentMLP):
+    """A network that maps (o_i, o_1, ..., o_n, ID of i) to V_i, with the same weights for all i."""
+
+    def forward(self, observation):
+        n = observation.shape[-2]
+        team = observation.flatten(-2).unsqueeze(-2).expand(*observation.shape[:-1], -1)
+        ids = torch.eye(n, device=observation.device).expand(*observation.shape[:-1], n)
+        return super().forward(torch.cat([observation, team, ids], dim=-1))
+
+
+torch.manual_seed(seed_for("critic"))
+critic_network = AgentSpecificCritic(
+    **network_options | {"n_agent_inputs": n_obs + n_agents * n_obs + n_agents},
+    n_agent_outputs=1,
+    centralized=False,  # the input of each agent already holds all observations
+    share_params=True,
     device=cfg.device,
 )
 orthogonal_init(critic_network, final_gain=1.0)

@@ -7,7 +7,7 @@
 | student/lesson.ipynb | train_mappo.py | no outputs, and nothing of Section 10 that gives it away |
 | student/exercises.ipynb | teacher/solutions.py | each solution replaced by a blank |
 | student/colab.ipynb | the same | likewise, after a cell that installs everything |
-| teacher/lesson.ipynb | train_mappo.py | executed with its defaults on one CPU thread |
+| teacher/lesson.ipynb | train_mappo.py | executed; if only prose has changed, outputs are kept |
 | teacher/solutions.ipynb | teacher/solutions.py | executed |
 
 Without names it makes all of them, in a few minutes. "student" and "teacher" stand for all in that
@@ -197,9 +197,20 @@ def without_marks(text):
 
 
 def make_teacher_lesson():
-    """Return the lesson, executed; its cells are those of train_mappo.py."""
+    """Return the lesson, executed; its cells are those of train_mappo.py.
+
+    If only its prose has changed, the outputs are those of the notebook that is there already.
+    """
+    notebook, path = read(LESSON.read_text("utf-8")), TEACHING / "teacher" / "lesson.ipynb"
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    old = nbformat.read(str(path), as_version=4).cells if path.exists() else []
+    old = [cell for cell in old if cell.cell_type == "code"]
+    if [cell.source for cell in code] == [cell.source for cell in old]:
+        for cell, before in zip(code, old, strict=True):
+            cell.outputs, cell.execution_count = before.outputs, before.execution_count
+        return notebook
     with tempfile.TemporaryDirectory() as folder:
-        return execute(read(LESSON.read_text("utf-8")), folder)
+        return execute(notebook, folder)
 
 
 def make_solutions():
@@ -210,6 +221,7 @@ def make_solutions():
 def execute(notebook, folder):
     """Run a notebook in a folder, and keep of its outputs what another run gives as well."""
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    os.environ.pop("MPLBACKEND", None)  # figures belong below their cells
     resources = {"metadata": {"path": str(folder)}}
     NotebookClient(notebook, timeout=1800, kernel_name="python3", resources=resources).execute()
     for cell in notebook.cells:

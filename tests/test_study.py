@@ -235,7 +235,7 @@ def plain(tmp_path_factory):
 
 def test_measuring_changes_no_training_and_measures_what_the_lesson_does(plain, tmp_path):
     names = run_variant(tmp_path, "slopes")
-    new = ["slope", "rho", "predicted_slope"]
+    new = ["slope", "near_slope", "rho", "predicted_slope"]
     measured = [{name: row.pop(name) for name in new} for row in names["history"]]
     assert without_seconds(names["history"]) == without_seconds(plain["history"])
     cells = jupytext.read(SCRIPT).cells
@@ -261,7 +261,8 @@ def test_rho_and_the_slope_it_predicts(plain):
 @pytest.mark.parametrize("name", ["goals that move on", "equal distances", "taking turns"])
 def test_scenarios_run_and_end_as_they_say(name, tmp_path):
     history = run_variant(tmp_path, f"{name} + slopes")["history"]
-    assert all(torch.tensor([*row.values()]).isfinite().all() for row in history)
+    rows = [{**row, "near_slope": 0} for row in history]  # no robot may have been near its goal
+    assert all(torch.tensor([*row.values()]).isfinite().all() for row in rows)
     assert all("rho" in row and "test_terminated_rate" in row for row in history)
 
 
@@ -344,6 +345,19 @@ def test_remedies_run_together_and_do_what_they_say(tmp_path):
     assert hidden[0].tolist() == [False, False]
     assert batch["next", "terminated"].tolist() == [True, False]
     assert names["loss_module"].value_norm.count > 0  # it has seen value targets
+
+
+def test_a_critic_with_agent_ids_has_a_value_for_each_robot(plain, tmp_path):
+    names = run_variant(tmp_path, "agent IDs + slopes")
+    observation = torch.randn(4, 3, 18)
+    with torch.no_grad():
+        shared, own = (x["critic_network"](observation)[..., 0] for x in (plain, names))
+        assert shared.equal(shared[:, :1].expand(4, 3))
+        assert (own[:, 0] != own[:, 1]).all()
+        changed = observation.clone()
+        changed[:, 1] += 1
+        assert (names["critic_network"](changed)[:, 0, 0] != own[:, 0]).all()  # sees the others
+    assert "slope" in names["history"][-1]
 
 
 def test_a_variant_adds_its_cells_and_changes_no_other():

@@ -457,6 +457,20 @@ def test_wrong_repairs_fail(line, hint):
     fails(11, hint, checks.repaired_line, line)
 
 
+def in_place(reward, value, next_value, terminated, gamma):
+    next_value[terminated] = 0
+    return reward.add_(gamma * next_value).sub_(value)
+
+
+def test_a_function_may_change_its_arguments(capsys):
+    checks.find_the_bug(in_place)
+    assert "Exercise 3 is correct" in capsys.readouterr().out
+
+
+def test_a_function_of_a_library_gets_a_hint():
+    fails(3, "stopped with TypeError", checks.find_the_bug, torch.add)
+
+
 def test_other_right_repairs_pass():
     both = "[*policy.parameters(), *critic.parameters()]"
     checks.repaired_line(f"optimizer = torch.optim.Adam({both}, lr=cfg.lr)")
@@ -735,6 +749,16 @@ def test_the_plan_names_slides_and_cells_that_exist():
         columns = [part.strip() for part in row.strip("|").split("|")]
         assert all(int(x) <= slides for x in re.findall(r"\d+", columns[2])), row
         assert set(re.findall(r"`(\w+)`", columns[3] if len(columns) > 3 else "")) <= cells, row
+
+
+@pytest.mark.parametrize("name", ["MAPPO", "IPPO"])
+def test_the_slides_quote_section_10(name):
+    """After 10 and 15 iterations, the success rates on the slides are those of the lesson."""
+    lesson = make_notebooks.LESSON.read_text("utf-8")
+    slides = (TEACHER / "slides.html").read_text("utf-8")
+    [row] = re.findall(rf"^# \| {name} \|((?: \S+ \|){{4}})$", lesson, re.MULTILINE)
+    [shown] = re.findall(rf"<td>{name}</td>(.*0\..*)</tr>", slides)
+    assert re.findall(r"0\.\d+", shown) == re.findall(r"[^ |]+", row)[1:3]
 
 
 @pytest.mark.parametrize("script", ["notebooks", "pictures", "silent_bugs"])

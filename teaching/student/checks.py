@@ -47,7 +47,8 @@ def call(exercise, function, *arguments, hint):
     except Exception as error:
         words = str(error).strip().split("\n")[0] or "no message"
         steps = traceback.extract_tb(error.__traceback__)
-        own = [step for step in steps if step.filename == function.__code__.co_filename]
+        file = getattr(getattr(function, "__code__", None), "co_filename", None)
+        own = [step for step in steps if step.filename == file]
         where = f" in the line `{own[-1].line}`" if own and own[-1].line else ""
         said = f"Your function stopped{where} with {type(error).__name__}: {words}."
         raise Hint(f"Exercise {exercise}: {said} {hint}") from None
@@ -237,7 +238,8 @@ def find_the_bug(delta):
     reward, value, stored = (torch.tensor(x) for x in ([0.1, 0.3], [0.5, 0.9], [0.8, 0.7]))
     shape = "Return one number per step. The arguments are tensors of shape (steps,)."
     for ended in (torch.tensor([False, False]), torch.tensor([True, False])):
-        found = call(3, delta, reward, value, stored, ended, 0.9, hint=shape)
+        given = [x.clone() for x in (reward, value, stored, ended)]
+        found = call(3, delta, *given, 0.9, hint=shape)
         found = tensor(3, found, (2,), shape)
         goes_on = 1 - ended.float()
         next_row = torch.cat([value[1:], stored[-1:]])
@@ -758,6 +760,7 @@ def two_robots(train, iterations=12):
         "something other than learning drives them. `train(0)` must return an untrained policy."
     )
     need(before < 0.3, 10, words)
+    print(f"Training for {iterations} iterations ...", flush=True)
     after = success(call(10, train, iterations, hint=hint))
     words = (
         f"After {iterations} iterations, the robots succeed in {after:.0%} of the test episodes. "
