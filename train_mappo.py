@@ -1396,7 +1396,7 @@ def show(name, write):
     if hasattr(builtins, "__IPYTHON__"):
         from IPython.display import Image, display
 
-        display(Image(str(folder / name)))
+        display(Image(str(folder / name), format="png"))  # under this name, GIFs are shown, too
 
 
 def arrow_map(robot=0, points=24):

@@ -36,5 +36,5 @@ critic = TensorDictModule(
     in_keys=[("agents", "observation")],
     out_keys=[("agents", "state_value")],
 )
-values = critic(env.reset())["agents", "state_value"]  # (num_envs, n_agents, 1)
+values = critic(first_step.clone())["agents", "state_value"]  # (num_envs, n_agents, 1)
 print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist()))

@@ -18,7 +18,7 @@ for separately, whereas VMAS computes one step of all environments at once.
 # %% after="config"
 cfg.scenario_name = "simple_spread"
 cfg.max_steps, cfg.gamma = 25, 0.95  # as short as in PettingZoo
-cfg.frames_per_batch, cfg.minibatch_size, cfg.n_iters = 3000, 300, 40
+cfg.frames_per_batch, cfg.minibatch_size, cfg.n_iters = 3000, 300, 30
 cfg.num_epochs, cfg.num_cells, cfg.lr = 10, 128, 1e-3
 cfg.evaluation_interval, cfg.evaluation_episodes = 10, 100  # fewer frames to wait for
 

@@ -62,7 +62,7 @@ untrained_policy = ProbabilisticActor(
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,
 )
-logits = untrained_policy(env.reset())["agents", "logits"]  # (num_envs, n_agents, actions)
+logits = untrained_policy(first_step.clone())["agents", "logits"]  # (num_envs, n_agents, actions)
 print("probabilities of the actions in one environment, one row per robot:")
 for row in logits[0].softmax(-1).tolist():
     print(*(f"{x:6.3f}" for x in row))

@@ -675,7 +675,7 @@ def texts_of_students():
 
 
 FATE = r"\b(fail|forget|forgot|unlearn|collapse|worse|never|stop|deteriorat|fall|drop|misle)\w*"
-NUMBERS = r"(?<!\d)0?\.(87\d?|85\d?|05\d?|0[01]|005|695)\b|\b(5|52|87)%"
+NUMBERS = r"(?<!\d)0?\.(90|8[57]|0[0145]|865|005|695)\b|\b(1|4|5|52|85|87|90|93)%"
 
 
 def spoilers(text, is_prose=True):

@@ -169,7 +169,7 @@ batch_frames = cfg.frames_per_batch // world_size
 minibatch_frames = cfg.minibatch_size // world_size
 
 env = make_env(num_envs, seed_for("environment"))
-n_obs = env.observation_spec["agents", "observation"].shape[-1]
+n_agents, n_obs = env.observation_spec["agents", "observation"].shape[-2:]
 action_spec = env.full_action_spec_unbatched["agents", "action"]  # shape, type and bounds
 n_actions = action_spec.shape[-1]
 
@@ -205,7 +205,7 @@ def orthogonal_init(network, final_gain):
 # %%
 torch.manual_seed(seed_for("policy"))
 network_options = {
-    "n_agents": env.n_agents,
+    "n_agents": n_agents,
     "n_agent_inputs": n_obs,
     "depth": cfg.depth,
     "num_cells": cfg.num_cells,
@@ -235,7 +235,7 @@ untrained_policy = ProbabilisticActor(
     default_interaction_type=ExplorationType.RANDOM,  # sample, unless told otherwise
 )
 means = untrained_policy(first_step.clone())["agents", "loc"]  # (num_envs, n_agents, n_actions)
-print("mean actions in one environment, one row per robot:")
+print("means before the tanh in one environment, one row per robot:")
 for row in means[0].tolist():
     print(*(f"{x:9.4f}" for x in row))
 
@@ -352,7 +352,7 @@ def evaluate(policy):
 
 
 # %%
-run.resume(cfg, folder, history, learner)  # the engineering cell; without it, these four do nothing
+run.resume(cfg, folder, history, learner)  # without the engineering cell, `run` does nothing
 loss_module = run.distribute(loss_module)
 inputs = [("agents", "observation"), ("agents", "action"), ("agents", "action_log_prob")]
 update_metrics = ["loss_objective", "loss_critic", "loss_entropy"]
