@@ -227,11 +227,11 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
         {
             "labels": CORRELATION,
             "columns": {
-                "rho": [20],
-                "predicted_slope": [20],
+                "rho": [15],
+                "predicted_slope": [15],
                 "slope": [15, 20],
                 SUCCESS: TEN_TO_TWENTY,
-                REWARD: [20],
+                REWARD: [15, 20],
             },
         },
     ),
