@@ -3,8 +3,9 @@
 Clipping does not force the policy to stay near the one that collected the batch. This measures how
 far it has moved, before each epoch and on the whole batch, and skips the epochs that are left once
 the KL divergence exceeds `target_kl`. Use it with a learning rate or a number of epochs that is
-right for one part of the training and too large for another. For a `target_kl` that is recorded
-and an option of the command line, write it as a field of `Config`, and `cfg.target_kl` here.
+right for one part of the training and too large for another. A limit that is too tight wastes data,
+so compare. For a limit that is recorded and an option of the command line, add a field `target_kl`
+to `Config`, and write `cfg.target_kl` here.
 
 The cell goes before the cell `loop`.
 """

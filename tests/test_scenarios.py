@@ -11,7 +11,7 @@ from conftest import options
 UNLIKE = {"simple_adversary", "simple_crypto", "simple_push", "simple_speaker_listener"}
 UNLIKE |= {"simple_tag", "simple_world_comm", "diff_drive", "kinematic_bicycle"}
 TINIEST = {"max_steps": 5, "frames_per_batch": 20, "minibatch_size": 10, "n_iters": 1}
-TINIEST |= {"num_epochs": 1, "evaluation_episodes": 2, "evaluation_interval": 1}
+TINIEST |= {"num_epochs": 1, "evaluation_episodes": 2}  # and no evaluation
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_one_team_of_similar_agents_is_trained(scenario, script, tmp_path):
         space = run_inside(*words, f"--n-agents={size}", path=script)
     [row] = space["history"]
     success = "success_rate" if scenario == "navigation" else "terminated_rate"
-    assert {success, f"test_{success}", "episode_reward", "test_episode_reward"} <= row.keys()
+    assert {success, "episode_reward", "episode_length"} <= row.keys()
     assert (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -25,7 +25,7 @@ def test_the_method_alone_gives_the_same_numbers(algorithm, tmp_path, request, m
     """Without the engineering cell and with every other cell; nothing is saved in training."""
     monkeypatch.chdir(tmp_path)
     whole = request.getfixturevalue(algorithm)
-    alone = run_cells(sources("engineering", "video", **TINY, mappo=algorithm == "mappo"))
+    alone = run_cells(sources("engineering", "probe", "video", **TINY, mappo=algorithm == "mappo"))
     assert without_seconds(alone["history"]) == without_seconds(whole["history"])
     assert alone["evaluation"] == whole["evaluation"]
     [folder] = (tmp_path / "runs").iterdir()
@@ -33,11 +33,9 @@ def test_the_method_alone_gives_the_same_numbers(algorithm, tmp_path, request, m
     assert not (folder / "checkpoint.pt").exists() and (folder / "policy.pt").exists()
 
 
-@pytest.mark.parametrize(
-    "left_out", [BY_HAND, BY_HAND[:2], BY_HAND[2:4], BY_HAND[4:], BY_HAND[1:2]]
-)
+@pytest.mark.parametrize("left_out", [BY_HAND, BY_HAND[:2], BY_HAND[1::2]])
 def test_cells_that_show_something_can_be_left_out(left_out, mappo, tmp_path):
-    """All of them, the probe as well; or some; or a check alone."""
+    """All of them, the probe as well; one with its check; the checks alone."""
     found = run_cells(sources("engineering", *SLOW, *left_out, **TINY, run_folder=str(tmp_path)))
     assert without_seconds(found["history"]) == without_seconds(mappo["history"])
 
@@ -161,7 +159,7 @@ def test_a_jupyter_notebook_shows_results_only(ippo, tmp_path):
     notebook = jupytext.reads(SCRIPT.read_text("utf-8"), fmt="py:percent")
     hidden = [one for one in notebook.cells if one.metadata.get("jupyter", {}).get("source_hidden")]
     assert [one.metadata["id"] for one in hidden] == ["engineering"]
-    first = sources("probe", **TINY)
+    first = sources("probe", "video", **TINY)
     code = [*first, "cfg.mappo = False", *sources(*SLOW, begin="critic_by_hand")]
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in code]
     where = {"metadata": {"path": str(tmp_path)}}
