@@ -349,7 +349,7 @@ def check(cfg, folder, saved):
     with suppress(OSError):
         if rank == 0:
             folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not os.access(folder, os.W_OK):
+    if rank == 0 and not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise BadInput(f"run_folder is '{folder}', but must be a folder that can be written to")
 
 
