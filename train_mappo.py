@@ -1586,9 +1586,10 @@ if sees_own_goal:
 # | gamma = 0.9 | the horizon | 1.00 | 0.99 |
 #
 # These are success rates after 15 iterations, averaged over ten seeds. The first change adds a
-# single number to the local critic's input. The third also lowers c to 0.47. With `lmbda = 1`, the
-# error cancels except where the data is cut off, but then the advantages are so noisy that neither
-# algorithm learns the task in 15 iterations.
+# single number to the local critic's input. The third also lowers c to 0.47. The correlation itself
+# is the one condition that these runs do not test. With `lmbda = 1`, the error cancels except where
+# the data is cut off, but then the advantages are so noisy that neither algorithm learns the task
+# in 15 iterations.
 #
 # Could it be a bug in this file alone? TorchRL's own tutorial has the same hyperparameters, but
 # keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as

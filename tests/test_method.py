@@ -198,12 +198,13 @@ def test_entropy_is_rewarded():
 
 
 def test_training_beats_the_untrained_policy():
-    """A tenth of the default work already earns far more; a policy that learns nothing gains 0."""
-    values = {"max_steps": 100, "frames_per_batch": 6000, "minibatch_size": 600, "num_epochs": 8}
-    values |= {"n_iters": 3, "evaluation_episodes": 50, "num_cells": 64, "lr": 2e-3}
+    """A little of the default work already earns far more; a policy that learns nothing gains 0."""
+    values = {"max_steps": 100, "frames_per_batch": 3000, "minibatch_size": 300, "num_epochs": 8}
+    values |= {"n_iters": 3, "evaluation_episodes": 30, "num_cells": 64, "lr": 2e-3}
     space = run_cells([read_cells()["loop"]], before("loop", **values))
     rewards = [space["evaluate"](space[name]) for name in ("policy", "untrained_policy")]
-    assert rewards[0]["episode_reward"] - rewards[1]["episode_reward"] > 1.0
+    gain = rewards[0]["episode_reward"] - rewards[1]["episode_reward"]
+    assert gain > 1.0
 
 
 def test_an_epoch_uses_every_frame_once_each_time_in_another_order():

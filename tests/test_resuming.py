@@ -68,8 +68,9 @@ def test_a_run_killed_at_any_moment_resumes_as_if_nothing_had_happened(
 ):
     """The same command, given again after each kill, ends with the same numbers to the last bit.
 
-    Then the disk is full for a while, which spares the last checkpoint as well. A start writes a checkpoint and two tables, and so does each iteration. The log of the last
-    start has every iteration, under its number.
+    Then the disk is full for a while, which spares the last checkpoint as well. A start writes a
+    checkpoint and two tables, and so does each iteration. The log of the last start has every
+    iteration, under its number.
     """
     words = options(n_iters=5, run_folder=tmp_path / "run", logger="csv")
     kills = [["writing", 1], ["before", 1], ["after", 1], ["before", 3], ["update", 5]]
