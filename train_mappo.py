@@ -105,7 +105,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # |---|---|
 # | frame | one step of one environment, in which all agents act |
 # | episode | from a reset until all robots are at their goals, or time runs out |
-# | success rate | fraction of episodes in which all robots are at their goals at once, in time |
+# | success rate | fraction of episodes that end with all robots at their goals |
 # | return | discounted sum of the rewards still to come |
 # | bootstrapping | using the critic's value in place of rewards that were not collected |
 #
@@ -654,8 +654,8 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # communication at execution time. You build the policy in three steps:
 #
 # 1. `MultiAgentMLP` applies a network with tanh units to every agent and keeps the agent dimension.
-# 2. `NormalParamExtractor` turns its outputs into a mean `loc` and a positive standard deviation
-#    `scale`. `TensorDictModule` names the keys to read and to write.
+# 2. `NormalParamExtractor` turns the network's outputs into a mean `loc` and a positive standard
+#    deviation `scale`. `TensorDictModule` names the keys to read and to write.
 # 3. `ProbabilisticActor` samples from a normal distribution, squashes the sample into the action
 #    bounds with a tanh, and stores the action's log-probability, which PPO needs later.
 #
@@ -819,7 +819,7 @@ with torch.no_grad():
 # ### What can each critic know?
 # Before a run that takes minutes, try one that takes seconds. Give every agent one random number
 # x_i. The critic has to predict either the sum of all numbers, which stands for a shared reward, or
-# the agent's own number, which stands for an individual reward. Any two numbers have the
+# the agent's own number, which stands for an individual reward. Any two of the numbers have
 # correlation `rho`. At 0, one number tells you nothing about the others. At 0.9, it tells you a
 # lot. The next cell measures two things:
 #
@@ -883,11 +883,11 @@ for own_target in (False, True):
 # - *Own number.* A shared centralized critic has one value for all agents, so the best it can do is
 #   predict their average, and its slope is a third of the true one.
 #
-# In theory, a local critic that predicts the sum for three agents has the slope 1 + 2 rho and
+# In theory, a local critic that predicts the sum for three agents has a slope of 1 + 2 rho and
 # explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so remember this for
 # Section 10: **the better a local critic predicts from correlation, the more it misleads an agent
 # about its own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a
-# slope of nearly three and for one of a third.
+# slope of nearly three as for a slope of one third.
 #
 # A centralized critic does not make the world stationary, and it does not assign credit. It sees no
 # actions, so it says how well the team is doing, but not who is responsible. COMA (Foerster et al.
@@ -1045,11 +1045,11 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | to the left |
 # | all those after it goes left | c = 0.91 | 0 | to the left, strongly |
 #
-# A wrong baseline changes both actions alike, so it averages out. A wrong bootstrap value can
-# depend on where the action led, and then it does not. If only one value is wrong, the next delta
-# cancels most of the error, because the value is the baseline there. But a robot that has moved
-# stays where it is, so the error persists. Each later delta cancels only (1 - gamma) of it,
-# weighted by a power of gamma lmbda, and this remains:
+# A wrong baseline shifts both advantages equally, so the error averages out. A wrong bootstrap
+# value can depend on where the action led, and then the error does not average out. If only one
+# value is wrong, the next delta cancels most of the error, because the value is the baseline there.
+# But a robot that has moved remains in its new position, so the error persists. Each later delta
+# cancels only (1 - gamma) of it, weighted by a power of gamma lmbda, and this remains:
 #
 #     c = gamma - (1 - gamma) [gamma lmbda + (gamma lmbda)^2 + ...]
 #       = gamma (1 - lmbda) / (1 - gamma lmbda)
@@ -1067,8 +1067,8 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 #     objective = mean of min(ratio_i A_i, clip(ratio_i, 1 - clip_epsilon, 1 + clip_epsilon) A_i)
 #
 # *Clipping.* If an action was good, nothing is gained by making it more than 1 + clip_epsilon times
-# as likely, and if it was bad, by making it less than 1 - clip_epsilon times as likely. The min
-# keeps the gradient where the ratio has moved in the wrong direction.
+# as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as
+# likely. The min keeps the gradient where the ratio has moved in the wrong direction.
 #
 # *Several agents.* We clip each agent's ratio separately, even though all policies change at once.
 # The joint ratio of the team is the product of the agents' ratios, and it tends to stray further
@@ -1139,7 +1139,7 @@ loss_module.set_keys(value=("agents", "state_value"))
 optimizer = torch.optim.Adam(loss_module.parameters(), lr=cfg.lr, fused=True)
 
 # %% [markdown]
-# Before the first update, every ratio is 1, and a mistake could go unnoticed. To expose it, the
+# Before the first update, every ratio is 1, so a mistake could go unnoticed. To expose it, the
 # check shifts the stored log-probabilities and one agent's advantages by random amounts.
 
 # %% id="loss_check"
@@ -1300,7 +1300,8 @@ run.finish()
 # | `explained_variance` | how well the critic predicts its targets | 0.17 to 0.66 | 0.89 to 0.93 |
 # | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
-# The metrics that begin with `test_` come from the tests. What to check if yours look different:
+# The metrics that begin with `test_` come from the tests. If your numbers look different, here is
+# what to check:
 #
 # | you see | check |
 # |---|---|
@@ -1321,7 +1322,7 @@ run.finish()
 #
 # ---
 # ## 9. Evaluation
-# Here the untrained and the trained policy play the test episodes. If an earlier policy did better
+# Here the untrained and trained policies play the test episodes. If an earlier policy did better
 # than the last one, its results are shown as well.
 
 # %% id="evaluation"
@@ -1353,8 +1354,8 @@ for key in evaluation["trained"]:
 #
 # ---
 # ## 10. Why one algorithm unlearns the task
-# Back to the opening question. Check your guess by running both commands or, in a notebook, by
-# changing `mappo` and `n_iters`.
+# Back to the opening question. Check your guess by running both commands below or, in a notebook,
+# by changing `mappo` and `n_iters`.
 #
 # ```
 # python train_mappo.py --n-iters 15
@@ -1496,11 +1497,11 @@ if sees_own_goal:
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
 # waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
-# slope is above 1.1**. That holds where the slope is the same everywhere. If it grows toward the
-# goal as gamma^T does, the threshold is 1 / gamma, which is 1.01. The next cell measures the slope
-# of your critic on a new batch. It moves one robot in the critic's input and leaves its velocity
-# and lidar readings as they were, so the critic judges situations slightly different from any it
-# has seen.
+# slope is above 1.1**. That holds if the slope is the same everywhere. If it grows toward the goal
+# as gamma^T does, the threshold is 1 / gamma, which is 1.01. The next cell measures the slope of
+# your critic on a new batch. It moves one robot in the critic's input and leaves its velocity and
+# lidar readings as they were, so the critic judges situations slightly different from any it has
+# seen.
 
 
 # %% id="slope"
@@ -1556,27 +1557,29 @@ if sees_own_goal:
 #
 # At first, the slopes are small, because the critics have learned little. That is why both
 # algorithms look alike in the beginning. Discounting and failed episodes keep all slopes below
-# those of Section 4, in the last three rows to about two thirds, and only in the first row is there
-# room for harm. On every seed, IPPO's slope passes 1.1 after 11 or 12 iterations, and at most two
-# iterations later, its success in tests is less than half of what it was at best. It begins to fall
-# a little earlier, probably because the slope is an average and is steeper near the goals. The
-# explained variance rises all the while, from 0.84 after 10 iterations to 0.95 after 15.
+# those of Section 4. In the last three rows, they reach only about two thirds of those values, and
+# only in the first row is there room for harm. On every seed, IPPO's slope passes 1.1 after 11 or
+# 12 iterations, and at most two iterations later, its success rate in tests is less than half of
+# its best. Success begins to fall a little earlier, probably because the measured slope is an
+# average, and the value is steeper near the goals. The explained variance rises all the while, from
+# 0.84 after 10 iterations to 0.95 after 15.
 #
 # Then IPPO's robots no longer arrive together, so rho and the slope fall again. The reward recovers
 # for a while after 25 iterations, as you would expect, but success does not come back within 50.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the
-# others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a robot
-# that has moved by itself has not moved the others. But V_i' is computed from o_i' alone, so
-# bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both kinds of
-# critic give the same gradient in expectation. Their local critic is exact and sees its agent's
-# whole *history*, which contains the step that it has just made. Ours sees one observation.
+# others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a
+# robot's own move does not move the others. But V_i' is computed from o_i' alone, so bootstrapping
+# from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both kinds of critic give the
+# same gradient in expectation. Their local critic is exact and sees its agent's whole *history*,
+# which contains the step that it has just made. Ours sees one observation.
 #
 # ### When does a centralized critic pay off?
-# It protects against this failure when three conditions hold. What an agent cannot observe makes up
-# much of its return, is *correlated* with what it observes, and lies within the horizon, which is
-# about 1 / (1 - gamma) steps. If you remove any one of them, a local critic should not mislead.
+# A centralized critic protects against this failure when three conditions hold. What an agent
+# cannot observe makes up much of its return, is *correlated* with what it observes, and lies within
+# the horizon, which is about 1 / (1 - gamma) steps. If you remove any one of them, a local critic
+# should not mislead.
 #
 # | change | removes | IPPO | MAPPO |
 # |---|---|---|---|
@@ -1601,8 +1604,8 @@ if sees_own_goal:
 # | MAPPO | 1.74 | 2.90 | 3.02 |
 # | IPPO | 1.70 | 2.86 | 1.65 |
 #
-# All this rests on one task and its variants. The papers find IPPO competitive on many others.
-# Before you compare your numbers with theirs, note what differs:
+# All this rests on one task and its variants. The IPPO and MAPPO papers find IPPO competitive on
+# many others. Before you compare your numbers with theirs, note what differs:
 #
 # | | this file | Yu et al. (2022) |
 # |---|---|---|
