@@ -6,8 +6,10 @@
 #     "tensordict==0.14.3",
 #     "vmas==1.5.2",
 #     "tqdm==4.70.1",
-#     "matplotlib==3.11.2",
-#     "pillow==13.0.0",
+#     "matplotlib==3.11.2;python_version>='3.11'",
+#     "matplotlib==3.10.8;python_version<'3.11'",
+#     "pillow==13.0.0;python_version>='3.11'",
+#     "pillow==12.3.0;python_version<'3.11'",
 # ]
 # ///
 """Learn multi-agent PPO with TorchRL, in one file that you read from top to bottom.
