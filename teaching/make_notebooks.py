@@ -59,9 +59,10 @@ def read(text):
 
 
 def pins():
-    """Return the packages that the lesson needs, each with its version."""
+    """Return the packages that the lesson needs, each with its version for a recent Python."""
     lines = (TEACHING.parent / "requirements.txt").read_text("utf-8").split()
-    return [line for line in lines if line.split("==")[0] in PACKAGES]
+    pinned = [line.partition(";") for line in lines if line.split("==")[0] in PACKAGES]
+    return [pin for pin, _, condition in pinned if "<" not in condition]
 
 
 def setup_check(needed):
