@@ -11,9 +11,7 @@ import re
 import pytest
 import torch
 
-from cells import REPOSITORY, SCRIPT, SLOW, finish, run_inside, start, write_copy
-
-__all__ = ["REPOSITORY", "SCRIPT", "finish", "run_inside", "start"]  # tests import all from here
+from cells import SLOW, run_inside, write_copy
 
 BAR = re.compile(r"(MAPPO|IPPO): +\d+%\|")  # a state of the progress bar
 # No two sizes of these runs are equal, so that a wrong shape cannot pass for the right one.

@@ -13,18 +13,8 @@ import jupytext
 import pytest
 import torch
 
-from cells import SLOW, read_cells, run_cells
-from conftest import (
-    REPOSITORY,
-    SCRIPT,
-    TINY,
-    assert_same,
-    load,
-    options,
-    run_inside,
-    without_seconds,
-    write_copy,
-)
+from cells import REPOSITORY, SCRIPT, SLOW, read_cells, run_cells, run_inside, write_copy
+from conftest import TINY, assert_same, load, options, without_seconds
 
 COOKBOOK = REPOSITORY / "cookbook"
 RECIPES = sorted(path.stem for path in COOKBOOK.glob("*.py"))

@@ -14,7 +14,8 @@ import pytest
 import torch
 from vmas import make_env
 
-from conftest import REPOSITORY, SCRIPT, options, run_inside, without_seconds
+from cells import REPOSITORY, SCRIPT, run_inside
+from conftest import options, without_seconds
 
 sys.path.insert(0, str(REPOSITORY / "study"))
 import benchmark  # noqa: E402
