@@ -65,11 +65,10 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # **Which one fails, and why?** Write down your guess. By the end of this file, you will see the
 # answer in a picture of what your own critic has learned.
 #
-# With several agents, the others are part of each agent's environment. They learn too, so a move
-# that worked yesterday may fail today. To each agent, the world looks *non-stationary*. PPO
-# (Schulman et al. 2017, arXiv:1707.06347) limits the damage, because it is *on-policy*. It throws
-# each batch away after a few epochs, whereas a large replay buffer would be full of experience with
-# outdated versions of the teammates.
+# With several agents, the others are part of each agent's environment. They learn too, so to each
+# agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits the
+# damage, because it is *on-policy*. It throws each batch away before the teammates' behavior in it
+# is out of date.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -246,6 +245,7 @@ RANGES = [  # settings, what they must be, and the test for it
 ]
 LOGGERS = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"], "tensorboard": ["tensorboard"]}
 LOGGERS |= {"trackio": ["trackio"], "wandb": ["wandb"]}  # and the packages that they need
+KINDS = {bool: bool, int: int, float: float | int, str: str, dict: dict, str | type: str | type}
 
 
 class BadInput(ValueError):
@@ -279,16 +279,8 @@ def require_equal(cfg, then, but, why):
 def check_values(cfg):
     """Require that each setting has its type, is in its range, and can be recorded."""
     ranges = {name: (words, fits) for names, words, fits in RANGES for name in names}
-    kinds = {
-        bool: bool,
-        int: int,
-        float: (float, int),
-        str: str,
-        dict: dict,
-        str | type: str | type,
-    }
     for one in fields(cfg):
-        value, kind = getattr(cfg, one.name), kinds.get(one.type, object)
+        value, kind = getattr(cfg, one.name), KINDS.get(one.type, object)
         right = isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
         words, fits = ranges.get(one.name, (f"of type {one.type}", lambda x: True))
         require(cfg, one.name, right and fits(value), words)
@@ -326,8 +318,8 @@ def check_scenario(cfg):
     require(cfg, "n_agents", fits, f"{trial.n_agents}, the size of this scenario's team")
 
 
-def check(cfg, folder, saved):
-    """Require that a run can begin in the folder with these settings, or resume there."""
+def check(cfg):
+    """Require that all settings fit each other, the scenario and this machine."""
     check_values(cfg)
     frames, minibatch, steps = cfg.frames_per_batch, cfg.minibatch_size, cfg.max_steps * world_size
     words = f"a multiple of {steps}, which is max_steps for each process"
@@ -344,15 +336,6 @@ def check(cfg, folder, saved):
     missing = [name for name in LOGGERS[cfg.logger] if importlib.util.find_spec(name) is None]
     require(cfg, "logger", not missing, f"installed first: pip install {' '.join(missing)}")
     check_scenario(cfg)
-    if saved:
-        require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
-        done = len(saved["history"])
-        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, which are done already")
-    with suppress(OSError):
-        if rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise BadInput(f"run_folder is '{folder}', but must be a folder that can be written to")
 
 
 def read_run(folder):
@@ -375,6 +358,19 @@ def read_run(folder):
     if other and not saved:
         raise BadInput(f"{here} new, empty or the folder of a run. It contains {other[0]}")
     return saved
+
+
+def check_folder(cfg, folder, saved):
+    """Require that the run can begin in the folder or, if one is saved there, resume it."""
+    if saved:
+        require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
+        done = len(saved["history"])
+        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, which are done already")
+    if rank == 0:
+        with suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+        if not (folder.is_dir() and os.access(folder, os.W_OK)):
+            raise BadInput(f"run_folder is '{folder}', but must be a folder that can be written to")
 
 
 def number_or_json(text):
@@ -410,13 +406,15 @@ def read_command_line(cfg):
     given = vars(parser.parse_args())
     try:
         cfg = replace(cfg, **given)
+        check_values(cfg)
         folder = Path(cfg.run_folder or "runs").expanduser()
         saved = read_run(folder) if cfg.run_folder else None
         now, then = record_of(cfg), saved["config"] if saved else {}
         names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
         kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
         cfg = replace(cfg, **kept)
-        check(cfg, folder, saved)
+        check(cfg)
+        check_folder(cfg, folder, saved)
     except BadInput as error:
         parser.error(" ".join(str(error).split()))
     if kept:
@@ -439,9 +437,10 @@ class SavedRun(Run):
     def resume(self, cfg, folder, history, learner):
         """Load the run in the folder into `history` and `learner`, or begin a new one there."""
         self.cfg, self.folder, saved = cfg, folder, read_run(folder)
-        check(cfg, folder, saved)
+        check_values(cfg)  # in a notebook, they may have changed since
         why = "unless you run everything below Section 1 again"
         require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, why)
+        check_folder(cfg, folder, saved)
         launcher = "python" if world_size == 1 else "torchrun ..."
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
         if saved:
@@ -466,7 +465,7 @@ class SavedRun(Run):
         if world_size > 1:
             dist.barrier()  # every process must have read the folder before one writes
         self.write(history, learner)
-        name = f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S}"  # a log for each start
+        name = f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S-%f}"  # one for each start
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # TorchRL lets it log to files
         self.log = get_logger(cfg.logger, str(folder / "log"), name) if rank == 0 else None
         if self.log:
@@ -544,7 +543,7 @@ if is_program:
         sys.stdout.reconfigure(errors="backslashreplace")  # folder names may contain anything
     cfg = read_command_line(cfg)
 else:
-    check(cfg, Path(cfg.run_folder or "runs").expanduser(), None)
+    check(cfg)
 if world_size > 1:
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the one that "cuda" stands for
@@ -820,10 +819,9 @@ with torch.no_grad():
 #
 # ### What can each critic know?
 # Before a run that takes minutes, try one that takes seconds. Give every agent one random number
-# x_i. The critic has to predict either the sum of all numbers, which stands for a shared reward, or
-# the agent's own number, which stands for an individual reward. Any two of the numbers have
-# correlation `rho`. At 0, one number tells you nothing about the others. At 0.9, it tells you a
-# lot. The next cell measures two things:
+# x_i, where any two numbers have correlation `rho`. The critic has to predict either the sum of all
+# numbers, which stands for a shared reward, or the agent's own number, which stands for an
+# individual reward. The next cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
 # - the *slope*, which is how much V_i rises per unit of x_i when the other numbers stay the same
@@ -891,9 +889,8 @@ for own_target in (False, True):
 # about its own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a
 # slope of nearly three as for a slope of one third.
 #
-# A centralized critic does not make the world stationary, and it does not assign credit. It sees no
-# actions, so it says how well the team is doing, but not who is responsible. COMA (Foerster et al.
-# 2018, arXiv:1705.08926) does assign credit.
+# A centralized critic sees no actions, so it says how well the team is doing, but not who is
+# responsible. COMA (Foerster et al. 2018, arXiv:1705.08926) has a critic that does.
 #
 # *Question 4. How many inputs does the critic have with 8 agents, under MAPPO and under IPPO?*
 #
@@ -1072,10 +1069,10 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # as likely. If it was bad, nothing is gained by making it less than 1 - clip_epsilon times as
 # likely. The min keeps the gradient where the ratio has moved in the wrong direction.
 #
-# *Several agents.* We clip each agent's ratio separately, even though all policies change at once.
-# The joint ratio of the team is the product of the agents' ratios, and it tends to stray further
-# from 1 the more agents there are. That argues for a smaller clip_epsilon in large teams (Sun et
-# al. 2022, arXiv:2202.00082).
+# *Several agents.* Each agent's ratio is clipped separately, even though all policies change at
+# once. The joint ratio of the team is their product, and it tends to stray further from 1 the more
+# agents there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
+# arXiv:2202.00082).
 #
 # *Normalization.* Advantages are normalized to zero mean and unit standard deviation over the
 # minibatch, for each agent separately, so that an agent with larger advantages does not drown out
@@ -1183,10 +1180,9 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # 5. throw the batch away
 #
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
-# second defines what is measured. Only the first episode in each environment counts. Later ones
-# have less time left in the batch, so slow successes would be missed. During training, actions are
-# sampled. In a test, the policy acts deterministically and plays the same episodes each time, and
-# the best policy so far is kept.
+# second defines what is measured, which is the first episode in each environment, since later ones
+# have less time left in the batch. In training, actions are sampled. In a test, the policy acts
+# deterministically and plays the same episodes each time, and the best policy so far is kept.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
@@ -1648,14 +1644,13 @@ def comparable_runs():
     """
     mine, runs = folder.resolve(), {}
     differ = {"mappo", "seed", *BOOKKEEPING} - ({"n_iters"} if cfg.anneal_lr else set())
-    own = {name: value for name, value in asdict(cfg).items() if name not in differ}
-    own["scenario_name"] = scenario
+    own = json.loads(json.dumps({**asdict(cfg), "scenario_name": scenario}, default=str))
     for path in sorted(mine.parent.glob("*/hyperparameters.json")):
         try:
             settings = json.loads(path.read_text("utf-8"))
             with open(path.with_name("metrics.csv"), newline="", encoding="utf-8") as table:
                 rows = [{k: float(x) for k, x in row.items() if x} for row in csv.DictReader(table)]
-            like = all(settings[name] == value for name, value in own.items())
+            like = all(settings[name] == own[name] for name in own.keys() - differ)
             if like and rows and path.parent.resolve() != mine:
                 runs[path.parent.resolve()] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
         except (OSError, ValueError, KeyError) as error:

@@ -1,5 +1,6 @@
 """What learners do to the file: add settings and measurements, use a scenario of their own, log."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -195,6 +196,19 @@ def test_learning_curves_compare_runs_that_are_alike_each_once(
             measured = [(row["frames"], row[key]) for row in mappo["history"] if key in row]
             assert [tuple(point) for point in thick.get_xydata()] == measured
     assert (neighbors / "run" / "learning_curves.png").exists()
+
+
+def test_runs_with_a_tuple_among_their_settings_are_alike(mappo, tmp_path):
+    """JSON knows no tuples, so the other run has recorded a list."""
+    for name in ("run", "other"):
+        shutil.copytree(mappo["folder"], tmp_path / name)
+        text = json.dumps(
+            {**recorded(tmp_path / name), "scenario_options": {"viewer_size": [9, 9]}}
+        )
+        (tmp_path / name / "hyperparameters.json").write_text(text)
+    cfg = dataclasses.replace(mappo["cfg"], scenario_options={"viewer_size": (9, 9)})
+    names = {**mappo, "cfg": cfg, "folder": tmp_path / "run"}
+    assert len(run_cells([read_cells()["curves"]], names)["comparable_runs"]()) == 2
 
 
 def test_pictures_are_drawn_whatever_the_readers_matplotlibrc_says(mappo, tmp_path):

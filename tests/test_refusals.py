@@ -31,6 +31,7 @@ BAD_VALUES = {  # words of the command line: what the sentence must hold
     ("--n-iters", "1.5"): ("n_iters is 1.5", "whole number"),
     ("--n-iters", "true"): ("n_iters is True", "whole number"),
     ("--lr", "true"): ("lr is True", "a number"),
+    ("--lr", "nan"): ("lr is nan", "a number above 0"),
     ("--num-cells", "1000000000000"): ("num_cells is 1000000000000", "billion"),
     ("--seed", str(2**64)): (f"seed is {2**64}", "2**32"),
     ("--gamma", "1.01"): ("gamma is 1.01", "from 0 to 1"),
