@@ -22,8 +22,8 @@ you flip one flag. There are four ways to start:
     python train_mappo.py --run-folder runs/mine  start a run there; the same command resumes it
     torchrun --nproc-per-node 2 train_mappo.py    one policy, trained by two processes
 
-To use it as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into a new
-notebook.
+To use this file as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into a
+new notebook.
 """
 
 import copy
@@ -62,13 +62,13 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # episodes. Five iterations later, one of them has become even better, while the other hardly ever
 # succeeds.
 #
-# **Which one fails, and why?** Write down your guess. By the end of this file, you will see the
+# **Which one fails, and why?** Write down your guess. At the end of this file, you will see the
 # answer in a picture of what your own critic has learned.
 #
-# With several agents, the others are part of each agent's environment. They learn too, so to each
+# With several agents, each agent's environment includes all the others. They learn too, so to each
 # agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits the
-# damage, because it is *on-policy*. It throws each batch away before the teammates' behavior in it
-# is out of date.
+# damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
+# recorded in it goes out of date.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -100,12 +100,12 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # | r_i | its reward | `("next", "agents", "reward")` | 1 |
 # | V_i | the critic's value before the step | `("agents", "state_value")` | 1 |
 # | V_i' | the critic's value after the step | `("next", "agents", "state_value")` | 1 |
-# | A_i | advantage, how much better than predicted | `"advantage"` | 1 |
+# | A_i | advantage, how much better the outcome was than predicted | `"advantage"` | 1 |
 #
 # | term | meaning |
 # |---|---|
 # | frame | one step of one environment, in which all agents act |
-# | episode | from a reset until all robots are at their goals, or time runs out |
+# | episode | the steps from a reset until all robots are at their goals or time runs out |
 # | success rate | fraction of episodes that end with all robots at their goals |
 # | return | discounted sum of the rewards still to come |
 # | bootstrapping | using the critic's value in place of rewards that were not collected |
@@ -125,7 +125,7 @@ class Config:
 
     scenario_name: str | type = "navigation"  # a VMAS scenario, or your own scenario class
     scenario_options: dict = field(default_factory=dict)  # such as {"shared_rew": False}
-    n_agents: int = 3  # team size; some scenarios allow only one
+    n_agents: int = 3  # team size; fixed in some scenarios
     max_steps: int = 100  # time limit of an episode
 
     frames_per_batch: int = 6000  # frames collected per iteration
@@ -156,7 +156,7 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # a full episode from each fits in a batch
+        return self.frames_per_batch // self.max_steps  # one full episode each per batch
 
 
 cfg = Config()
@@ -164,9 +164,9 @@ cfg = Config()
 # %% [markdown]
 # *Question 1. How many gradient steps does one iteration take?* (The answers are at the end.)
 #
-# In a notebook, run everything below again after a change. If you have only changed `mappo`, you
-# can begin at Section 4. The next cell holds placeholders for the engineering cell that follows it.
-# You can ignore both until Section 8, but always run them together.
+# In a notebook, rerun everything below after you change a setting. If you changed only `mappo`, you
+# can start from Section 4. The next cell holds placeholders for the engineering cell that follows
+# it. You can ignore both until Section 8, but always run them together.
 
 
 # %% id="placeholders"
@@ -197,6 +197,7 @@ run = Run()
 def save_whole(path, write):
     """Write a file atomically. `write` receives a binary file; only process 0 writes."""
     if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".unfinished-{path.name}")
         try:
             with open(unfinished, "wb") as file:
@@ -214,8 +215,8 @@ def save_whole(path, write):
 # The next cell has nothing to do with the method. It turns the fields of `Config` into command-line
 # options, rejects invalid values, saves checkpoints and resumes from them, writes and logs the
 # metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`, `world_size` and
-# `run` from the cells above and touches nothing else, so training gives the same numbers without
-# it.
+# `run` from the cells above and nothing else of the method, so training gives the same numbers
+# without it.
 
 # %% id="engineering" jupyter={"source_hidden": true}
 import argparse
@@ -243,13 +244,14 @@ RANGES = [  # settings, what they must be, and the test for it
     (["clip_epsilon"], "a number between 0 and 1", lambda x: 0 < x < 1),
     (["entropy_eps"], "0 or a positive number", lambda x: 0 <= x < math.inf),
 ]
+# The loggers, and the packages that each of them needs.
 LOGGERS = {"": [], "csv": [], "mlflow": ["mlflow", "omegaconf"], "tensorboard": ["tensorboard"]}
-LOGGERS |= {"trackio": ["trackio"], "wandb": ["wandb"]}  # and the packages that they need
+LOGGERS |= {"trackio": ["trackio"], "wandb": ["wandb"]}
 KINDS = {bool: bool, int: int, float: float | int, str: str, dict: dict, str | type: str | type}
 
 
 class BadInput(ValueError):
-    """A setting that cannot be used. The message names it, its value and what would be right."""
+    """An invalid setting. The message gives its name, its value and what would be valid."""
 
 
 def require(cfg, name, condition, expected):
@@ -259,42 +261,48 @@ def require(cfg, name, condition, expected):
 
 
 def record_of(cfg):
-    """Return the settings as JSON stores them, a class or function by its name."""
+    """Return the settings as JSON stores them, with each class or function replaced by its name."""
     record = {}
     for name in [one.name for one in fields(cfg)]:
-        with suppress(AttributeError, TypeError, ValueError):
-            text = json.dumps(getattr(cfg, name), allow_nan=False, default=lambda x: x.__name__)
-            record[name] = json.loads(text)
-        require(cfg, name, name in record, "JSON-serializable")
+        value = getattr(cfg, name)
+        try:
+            text = json.dumps(value, allow_nan=False, default=lambda x: x.__name__)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise BadInput(f"{name} is {value!r}, but must be JSON-serializable") from error
+        record[name] = json.loads(text)
     return record
 
 
 def require_equal(cfg, then, but, why):
-    """Require that settings are what they were then, but for some of them."""
-    now = record_of(cfg)
-    for name in (now.keys() & then.keys()) - but:
-        require(cfg, name, now[name] == then[name], f"{then[name]!r}, {why}")
+    """Raise BadInput if a setting differs from its value in `then`, unless its name is in `but`."""
+    for name, value in record_of(cfg).items():
+        if name in then and name not in but:
+            require(cfg, name, value == then[name], f"{then[name]!r}, {why}")
 
 
 def check_values(cfg):
-    """Require that each setting has its type, is in its range, and can be recorded."""
+    """Check that each setting has the right type, is in its range, and can be recorded."""
     ranges = {name: (words, fits) for names, words, fits in RANGES for name in names}
     for one in fields(cfg):
         value, kind = getattr(cfg, one.name), KINDS.get(one.type, object)
         right = isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
-        words, fits = ranges.get(one.name, (f"of type {one.type}", lambda x: True))
+        words = f"of type {getattr(one.type, '__name__', one.type)}"
+        words, fits = ranges.get(one.name, (words, lambda x: True))
         require(cfg, one.name, right and fits(value), words)
+    require(cfg, "logger", cfg.logger in LOGGERS, f"one of {[*LOGGERS]}")
+    missing = [name for name in LOGGERS[cfg.logger] if importlib.util.find_spec(name) is None]
+    require(cfg, "logger", not missing, f"installed first: pip install {' '.join(missing)}")
     record_of(cfg)
 
 
 def check_scenario(cfg):
-    """Require that VMAS can build the scenario, in as many copies as the run needs."""
+    """Check that VMAS can build as many copies of the scenario as the run needs."""
     name, options, known = cfg.scenario_name, cfg.scenario_options, VmasEnv.available_envs
     own = isinstance(name, type)
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
-    require(cfg, "scenario_options", not taken, f"without {taken}, which this file sets itself")
-    with warnings.catch_warnings():  # about unknown options, or agents for which there is no room
+    require(cfg, "scenario_options", not taken, f"without {taken}, which are no scenario options")
+    with warnings.catch_warnings():  # of unknown options or too little room are errors
         warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
         warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
         try:
@@ -304,7 +312,7 @@ def check_scenario(cfg):
                 seed=cfg.evaluation_seed,
                 scenario_kwargs={"n_agents": cfg.n_agents, **options},
             )
-        except (AssertionError, TypeError, UserWarning, ValueError) as error:
+        except Exception as error:
             if own and not isinstance(error, UserWarning):
                 raise  # a mistake in the reader's own class keeps its traceback
             raise BadInput(
@@ -312,29 +320,29 @@ def check_scenario(cfg):
                 f"{cfg.n_agents} and scenario_options = {options}. {error}"
             ) from error
     one_team = len(trial.group_map) == 1 and not trial.het_specs
-    words = f"one with a single team of equal agents, not {', '.join(trial.agent_names)}"
+    words = f"a scenario with a single team of identical agents, not {', '.join(trial.agent_names)}"
     require(cfg, "scenario_name", one_team, words)
     fits = trial.n_agents == cfg.n_agents
     require(cfg, "n_agents", fits, f"{trial.n_agents}, the size of this scenario's team")
 
 
 def check(cfg):
-    """Require that all settings fit each other, the scenario and this machine."""
+    """Check that the settings are compatible with each other, the scenario and this machine."""
     check_values(cfg)
     frames, minibatch, steps = cfg.frames_per_batch, cfg.minibatch_size, cfg.max_steps * world_size
-    words = f"a multiple of {steps}, which is max_steps for each process"
+    words = f"a multiple of {steps}, which is max_steps times the number of processes"
     require(cfg, "frames_per_batch", frames % steps == 0, words)
     fits = frames % minibatch == 0 and minibatch % world_size == 0 and minibatch >= 2 * world_size
-    words = f"a divisor of frames_per_batch, {frames}, with 2 or more frames for each process"
+    words = f"a divisor of frames_per_batch ({frames}) that gives each process 2 or more frames"
     require(cfg, "minibatch_size", fits, words)
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
     devices += [f"cuda:{index}" for index in range(gpus) if world_size == 1]
     words = f"{' or '.join(devices)} (GPUs found: {gpus})"
     require(cfg, "device", cfg.device in devices, words)
-    require(cfg, "logger", cfg.logger in LOGGERS, f"one of {[*LOGGERS]}")
-    missing = [name for name in LOGGERS[cfg.logger] if importlib.util.find_spec(name) is None]
-    require(cfg, "logger", not missing, f"installed first: pip install {' '.join(missing)}")
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
+    words = "given if torchrun may restart processes, so that they find their run again"
+    require(cfg, "run_folder", cfg.run_folder or not restarts, words)
     check_scenario(cfg)
 
 
@@ -342,7 +350,7 @@ def read_run(folder):
     """Return the checkpoint of the run in a folder, or None if the folder is new or empty."""
     path, here = folder / "checkpoint.pt", f"run_folder is '{folder}', but must be"
     try:
-        names = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        names = sorted(entry.name for entry in folder.iterdir()) if folder.exists() else []
         saved = torch.load(path, "cpu", weights_only=True) if path.name in names else None
         if saved:
             steps = [row["iteration"] for row in saved["history"]]
@@ -356,16 +364,16 @@ def read_run(folder):
         raise BadInput(words) from error
     other = [name for name in names if not name.startswith(".")]
     if other and not saved:
-        raise BadInput(f"{here} new, empty or the folder of a run. It contains {other[0]}")
+        raise BadInput(f"{here} new or empty, or else that of a run. It contains {other[0]}")
     return saved
 
 
-def check_folder(cfg, folder, saved):
-    """Require that the run can begin in the folder or, if one is saved there, resume it."""
+def prepare_folder(cfg, folder, saved):
+    """Make the folder. Check that a run can begin there or, if one is saved there, be resumed."""
     if saved:
         require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
         done = len(saved["history"])
-        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, which are done already")
+        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, as many as are done")
     if rank == 0:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -374,7 +382,7 @@ def check_folder(cfg, folder, saved):
 
 
 def number_or_json(text):
-    """Return what a word of the command line stands for."""
+    """Return the value that a command-line argument stands for."""
     for read in (int, float, json.loads):
         with suppress(ValueError):
             return read(text)
@@ -386,7 +394,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
         usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-        description="Each field is an option, with - in place of _. Values are the defaults.",
+        description="Each field is an option, with - in place of _. The values are defaults.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -401,24 +409,24 @@ def make_parser():
 
 
 def read_command_line(cfg):
-    """Return the settings with the options given, or else with those of the run to be resumed."""
+    """Return the settings. Options given override those of the run to be resumed."""
     parser = make_parser()
     given = vars(parser.parse_args())
     try:
         cfg = replace(cfg, **given)
         check_values(cfg)
-        folder = Path(cfg.run_folder or "runs").expanduser()
+        folder = Path(os.path.expanduser(cfg.run_folder or "runs"))
         saved = read_run(folder) if cfg.run_folder else None
         now, then = record_of(cfg), saved["config"] if saved else {}
         names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
         kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
         cfg = replace(cfg, **kept)
         check(cfg)
-        check_folder(cfg, folder, saved)
+        prepare_folder(cfg, folder, saved)
     except BadInput as error:
         parser.error(" ".join(str(error).split()))
     if kept:
-        print("Kept from the run:", ", ".join(f"{name} = {x!r}" for name, x in kept.items()))
+        print("Kept from the saved run:", ", ".join(f"{name} = {x!r}" for name, x in kept.items()))
     return cfg
 
 
@@ -426,10 +434,10 @@ class SavedRun(Run):
     """A run that process 0 saves to a folder after each iteration, and that can be resumed."""
 
     def __init__(self, cfg, is_program):
-        self.built_with, self.is_program = record_of(cfg), is_program
+        self.built_with, self.is_program, self.log = record_of(cfg), is_program, None
 
     def distribute(self, loss_module):
-        """Let each backward pass average the gradients over the processes."""
+        """Make each backward pass average the gradients across processes."""
         if world_size == 1:
             return loss_module
         return nn.parallel.DistributedDataParallel(loss_module, forward_sync_buffers=False)
@@ -440,37 +448,47 @@ class SavedRun(Run):
         check_values(cfg)  # in a notebook, they may have changed since
         why = "unless you run everything below Section 1 again"
         require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, why)
-        check_folder(cfg, folder, saved)
+        prepare_folder(cfg, folder, saved)
         launcher = "python" if world_size == 1 else "torchrun ..."
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
         if saved:
-            history[:] = saved["history"]
-            try:
-                for name, part in learner.items():
-                    part.load_state_dict(saved[name])
-            except (RuntimeError, ValueError) as error:
-                raise BadInput(f"run_folder is '{folder}', but has other networks") from error
-            print(f"Resuming {folder}: {len(history)} of {cfg.n_iters} iterations are done")
-            if saved["world_size"] != world_size:
-                print(f"It used {saved['world_size']} process(es) and now uses {world_size}")
-            if cfg.anneal_lr and saved["config"]["n_iters"] < cfg.n_iters:
-                last = learner["optimizer"].param_groups[0]["lr"]
-                next_lr = cfg.lr * (1 - len(history) / cfg.n_iters)
-                print(f"The learning rate was {last:.2g}. It continues at {next_lr:.2g}.")
+            self.load(saved, history, learner)
         else:
             print(f"New run: {folder}")
         if self.is_program:
             print(f"To resume it after an interruption: {self.command}")
             sys.excepthook = self.explain_interrupt
         if world_size > 1:
-            dist.barrier()  # every process must have read the folder before one writes
+            dist.barrier()  # no process may write before all have read the folder
         self.write(history, learner)
-        name = f"{folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S-%f}"  # one for each start
-        os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # TorchRL lets it log to files
-        self.log = get_logger(cfg.logger, str(folder / "log"), name) if rank == 0 else None
-        if self.log:
-            self.log.log_hparams({**record_of(cfg), "scenario_options": str(cfg.scenario_options)})
+        self.open_log()
         self.write_log(history)
+
+    def load(self, saved, history, learner):
+        """Load what was saved, and say what is different now."""
+        cfg = self.cfg
+        history[:] = saved["history"]
+        try:
+            for name, part in learner.items():
+                part.load_state_dict(saved[name])
+        except (RuntimeError, ValueError) as error:
+            raise BadInput(f"run_folder is '{self.folder}', but its networks differ") from error
+        print(f"Resuming {self.folder}: {len(history)} of {cfg.n_iters} iterations are done")
+        if saved["world_size"] != world_size:
+            print(f"It used {saved['world_size']} process(es) and now uses {world_size}")
+        if cfg.anneal_lr and saved["config"]["n_iters"] != cfg.n_iters > len(history):
+            last = learner["optimizer"].param_groups[0]["lr"]
+            next_lr = cfg.lr * (1 - len(history) / cfg.n_iters)
+            print(f"The learning rate was {last:.2g}. Training continues at {next_lr:.2g}.")
+
+    def open_log(self):
+        """Open a log of its own for each start, in which the whole run will stand."""
+        if self.cfg.logger and rank == 0:
+            name = f"{self.folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+            os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow logs to files here
+            self.log = get_logger(self.cfg.logger, str(self.folder / "log"), name)
+            options = str(self.cfg.scenario_options)  # some loggers take no dictionaries
+            self.log.log_hparams({**record_of(self.cfg), "scenario_options": options})
 
     def save(self, history, learner):
         """Average the last row of the history over the processes, then save everything."""
@@ -484,7 +502,7 @@ class SavedRun(Run):
                 row[key] = sum(values) / len(values)
         weights = learner["optimizer"].param_groups[0]["params"]
         if not all(weight.isfinite().all() for weight in weights):
-            raise FloatingPointError("a weight is not finite. The last checkpoint is as it was")
+            raise FloatingPointError("A weight is not finite. The last checkpoint is unchanged.")
         self.write(history, learner)
         self.write_log([row])
 
@@ -503,25 +521,26 @@ class SavedRun(Run):
         for name, text in (("hyperparameters.json", record), ("metrics.csv", table.getvalue())):
             try:
                 save_whole(self.folder / name, lambda file, text=text: file.write(text.encode()))
-            except OSError as error:  # such as a file that another program has locked
+            except OSError as error:  # for example, if another program has locked the file
                 print(f"{name} could not be written ({error})", file=sys.stderr)
 
     def write_log(self, rows):
         """Log rows of the history, each under the number of its iteration."""
         try:
-            for row in rows if self.log else []:
-                self.log.log_metrics(row, row["iteration"])
-        except Exception as error:  # a log that fails must not end the training
+            if self.log:
+                for row in rows:
+                    self.log.log_metrics(row, row["iteration"])
+        except Exception as error:  # a logging failure must not stop the training
             print(f"The {self.cfg.logger} log could not be written ({error!r})", file=sys.stderr)
 
     def finish(self):
-        """Let go of what only training needs."""
+        """Release what only training needs."""
         sys.excepthook = sys.__excepthook__
         if world_size > 1:
             dist.destroy_process_group()
 
     def explain_interrupt(self, kind, error, trace):
-        """Say how to resume after Ctrl-C, and show anything else as usual."""
+        """After Ctrl-C, say how to resume. Show any other exception as usual."""
         if kind is not KeyboardInterrupt:
             sys.__excepthook__(kind, error, trace)
         elif rank == 0:
@@ -529,7 +548,7 @@ class SavedRun(Run):
 
 
 if __name__ != "__main__":
-    raise ImportError("train_mappo.py is a program or a notebook. Run it, or copy its cells.")
+    raise ImportError("train_mappo.py cannot be imported. Run it, or copy its cells.")
 try:  # is this a program with a command line of its own? A notebook cell has no __file__.
     is_program = sys.argv[0] == "-" or Path(sys.argv[0]).resolve() == Path(__file__).resolve()
 except NameError:
@@ -548,7 +567,7 @@ if world_size > 1:
     if cfg.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the one that "cuda" stands for
     store, _, _ = next(dist.rendezvous("env://"))
-    # After a restart, the store still has the addresses of the processes from before.
+    # After a restart, the store still has the addresses of the earlier processes.
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=world_size)
 run = SavedRun(cfg, is_program)
@@ -664,9 +683,9 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # network learns from every agent's experience. The cost is that agents with identical observations
 # behave alike, so a task that needs specialists needs agent IDs or separate networks.
 #
-# *Initialization.* Weights are orthogonal, and small in the policy's last layer, so that at first
-# all actions are spread widely, whatever a robot observes. Andrychowicz et al. (2021,
-# arXiv:2006.05990) found these small weights to be among the choices that matter most.
+# *Initialization.* The weight matrices are orthogonal. Those in the policy's last layer are small,
+# so at first the actions are spread widely, no matter what a robot observes. Andrychowicz et al.
+# (2021, arXiv:2006.05990) found these small weights to be among the choices that matter most.
 
 
 # %% id="initialization"
@@ -756,8 +775,9 @@ for row in means[0].tolist():
 def critic_by_hand(observation, layers, centralized):
     """Return the values V_i, of shape (..., n_agents, 1).
 
-    `observation` has the shape (..., n_agents, n_obs). `layers` is a list of (weight, bias), of
-    shapes (outputs, inputs) and (outputs,), or with a leading n_agents if critics are not shared.
+    `observation` has the shape (..., n_agents, n_obs). `layers` is a list of (weight, bias)
+    pairs of shapes (outputs, inputs) and (outputs,), both with a leading n_agents if critics are
+    not shared.
     """
     hidden = observation
     if centralized:  # concatenate the observations of all agents, and give the result to each
@@ -798,7 +818,7 @@ print("values in one environment:", *(f"{x:.4f}" for x in values[0, :, 0].tolist
 with torch.no_grad():
     observation = first_step["agents", "observation"]
     parameters = [*critic_network.parameters()]
-    layers = [*zip(parameters[::2], parameters[1::2], strict=True)]  # (weight, bias) of each
+    layers = [*zip(parameters[::2], parameters[1::2], strict=True)]  # (weight, bias) of each layer
     by_hand = critic_by_hand(observation, layers, centralized=cfg.mappo)
     torch.testing.assert_close(by_hand, critic_network(observation))
 
@@ -814,8 +834,8 @@ with torch.no_grad():
 # ```
 #
 # Under MAPPO, the agents share the network and its input, so they have *the same value*. Under
-# IPPO, each robot has its own, although they share the network. *Independent* means that no agent's
-# value depends on what another agent observes.
+# IPPO, each robot has its own value, even though all robots share the network. *Independent* means
+# that no agent's value depends on what another agent observes.
 #
 # ### What can each critic know?
 # Before a run that takes minutes, try one that takes seconds. Give every agent one random number
@@ -886,11 +906,11 @@ for own_target in (False, True):
 # In theory, a local critic that predicts the sum for three agents has a slope of 1 + 2 rho and
 # explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so remember this for
 # Section 10: **the better a local critic predicts from correlation, the more it misleads an agent
-# about its own part.** The explained variance cannot warn you. At rho 0.9, it is the same for a
-# slope of nearly three as for a slope of one third.
+# about that agent's own contribution.** The explained variance cannot warn you. At rho 0.9, it is
+# the same for a slope of nearly three as for a slope of one third.
 #
-# A centralized critic sees no actions, so it says how well the team is doing, but not who is
-# responsible. COMA (Foerster et al. 2018, arXiv:1705.08926) has a critic that does.
+# This centralized critic sees no actions, so it can tell how well the team is doing, but not who is
+# responsible. The critic of COMA (Foerster et al. 2018, arXiv:1705.08926) sees the actions, too.
 #
 # *Question 4. How many inputs does the critic have with 8 agents, under MAPPO and under IPPO?*
 #
@@ -952,8 +972,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ---
 # ## 6. Advantages
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
-# 2016, arXiv:1506.02438) adds up the critic's prediction errors from that step on, with weights
-# that shrink by a factor of gamma lmbda at each step:
+# 2016, arXiv:1506.02438) adds up the critic's prediction errors from the step of that action
+# onward, with weights that shrink by a factor of gamma lmbda at each step:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -1041,14 +1061,15 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # | which values are too high | changes A_i(left) by | A_i(right) by | effect on this choice |
 # |---|---|---|---|
 # | only the one before the robot moves | -1 | -1 | none, on average |
-# | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | to the left |
-# | all those after it goes left | c = 0.91 | 0 | to the left, strongly |
+# | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | favors left |
+# | all those after it goes left | c = 0.91 | 0 | strongly favors left |
 #
 # A wrong baseline shifts both advantages equally, so the error averages out. A wrong bootstrap
 # value can depend on where the action led, and then the error does not average out. If only one
-# value is wrong, the next delta cancels most of the error, because the value is the baseline there.
-# But a robot that has moved remains in its new position, so the error persists. Each later delta
-# cancels only (1 - gamma) of it, weighted by a power of gamma lmbda, and this remains:
+# value is wrong, the next delta cancels most of the error, because the same value is the baseline
+# of the next step. But a robot that has moved remains in its new position, so the error persists.
+# Each later delta cancels only (1 - gamma) of it, weighted by a power of gamma lmbda, so what
+# remains is
 #
 #     c = gamma - (1 - gamma) [gamma lmbda + (gamma lmbda)^2 + ...]
 #       = gamma (1 - lmbda) / (1 - gamma lmbda)
@@ -1070,9 +1091,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # likely. The min keeps the gradient where the ratio has moved in the wrong direction.
 #
 # *Several agents.* Each agent's ratio is clipped separately, even though all policies change at
-# once. The joint ratio of the team is their product, and it tends to stray further from 1 the more
-# agents there are. That argues for a smaller clip_epsilon in large teams (Sun et al. 2022,
-# arXiv:2202.00082).
+# once. The team's joint ratio is the product of the agents' ratios, and it tends to stray further
+# from 1 the more agents there are. That argues for a smaller clip_epsilon in large teams (Sun et
+# al. 2022, arXiv:2202.00082).
 #
 # *Normalization.* Advantages are normalized to zero mean and unit standard deviation over the
 # minibatch, for each agent separately, so that an agent with larger advantages does not drown out
@@ -1097,7 +1118,8 @@ def loss_by_hand(pi, value, data, cfg):
     """Return the three weighted terms of the loss for a minibatch.
 
     `pi` is the current distribution of each agent's action, and `value` the critic's current
-    prediction, of shape (minibatch_frames, n_agents, 1). `data` holds what was stored.
+    prediction, of shape (minibatch_frames, n_agents, 1). `data` is the minibatch, with its
+    advantages and value targets.
     """
     log_ratio = pi.log_prob(data["agents", "action"]) - data["agents", "action_log_prob"]
     ratio = log_ratio.exp().unsqueeze(-1)  # (minibatch_frames, n_agents, 1)
@@ -1180,15 +1202,15 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # 5. throw the batch away
 #
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
-# second defines what is measured, which is the first episode in each environment, since later ones
-# have less time left in the batch. In training, actions are sampled. In a test, the policy acts
-# deterministically and plays the same episodes each time, and the best policy so far is kept.
+# second defines the metrics. They cover only the first episode in each environment, because later
+# ones have less time left in the batch. In training, actions are sampled. In a test, the policy
+# acts deterministically and plays the same episodes each time, and the best policy so far is kept.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
 scenario = getattr(cfg.scenario_name, "__name__", cfg.scenario_name)
 run_name = f"{algorithm.lower()}-{scenario}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-folder = Path(cfg.run_folder or f"runs/{run_name}").expanduser()
+folder = Path(os.path.expanduser(cfg.run_folder or f"runs/{run_name}"))
 history = []  # a dictionary of metrics for each iteration
 best_policy = copy.deepcopy(policy)
 learner = {"policy": policy, "critic": critic, "optimizer": optimizer, "best_policy": best_policy}
@@ -1204,7 +1226,7 @@ def measure(data):
 
     `data` is a TensorDict of shape (environments, steps). Rewards are summed over an episode and
     averaged over agents. A collision is a step in which an agent touches another agent, counted
-    per agent. Navigation reports them only if they are penalized.
+    per agent. Navigation reports collisions only if they are penalized.
     """
     done = data["next", "done"].squeeze(-1)  # (environments, steps)
     first = done.cumsum(1) - done.int() == 0  # True up to the first done
@@ -1372,11 +1394,12 @@ for key in evaluation["trained"]:
 #
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
-# moves a little, it earns its progress, and its value V_1 changes. As Section 6 showed, a lasting
-# change in value is weighted by c. So at each point, the advantage favors the direction in which
-# progress plus c V_1 grows fastest. The next cell draws this direction at each point of a grid, for
-# a robot at rest. Thin green arrows lead toward the goal of robot 1, and thick red ones away from
-# it. Training rarely visits many of these situations, so take the map as a sketch.
+# moves a little, it is rewarded for its progress, and its value V_1 changes. As Section 6 showed, a
+# lasting change in value is weighted by c. So at each point, the advantage favors the direction in
+# which progress plus c V_1 grows fastest. The next cell draws this direction at each point of a
+# grid, for a robot at rest. Thin green arrows point toward the goal of robot 1, and thick red ones
+# point away from it. Many of these situations are rare in training, so take the map as a rough
+# sketch.
 #
 # Where do you expect red arrows, if any?
 
@@ -1399,14 +1422,15 @@ def show(name, write):
 
 
 def arrow_map(robot=0, points=24):
-    """Return the direction in which the advantage pushes a robot, for each place on a grid.
+    """Find the direction in which the advantage pushes a robot, for each place on a grid.
 
-    Returns a batch of points**2 environments that differ only in where the robot is, and the
-    places, the directions, and the vectors from the goal to the robot, each (points**2, 2).
+    Returns a batch of points**2 environments that differ only in where the robot is, the places,
+    the directions, and the vectors from the goal to the robot, the last three of shape
+    (points**2, 2).
     """
     scene = make_env(points**2, cfg.evaluation_seed)
     scene.reset()
-    for agent in scene.agents:  # all environments as the first one
+    for agent in scene.agents:  # make all environments like the first
         agent.set_pos(agent.state.pos[0], batch_index=None)
         agent.goal.set_pos(agent.goal.state.pos[0], batch_index=None)
     line = torch.linspace(-1.2, 1.2, points, device=cfg.device)
@@ -1449,36 +1473,35 @@ gamma_lmbda = cfg.gamma * cfg.lmbda
 c = cfg.gamma * (1 - cfg.lmbda) / (1 - gamma_lmbda) if gamma_lmbda < 1 else 0.0
 sees_own_goal = navigation and not cfg.scenario_options.get("observe_all_goals")
 if sees_own_goal:
-    folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context({"text.usetex": False}):
         figure, away = draw_arrow_map()
         show("arrows.png", figure.savefig)
     print(
-        f"{algorithm}, {len(history)} iterations: {away:.0%} of the arrows lead away from the goal"
+        f"{algorithm}, {len(history)} iterations: {away:.0%} of the arrows point away from the goal"
     )
 
 # %% [markdown]
 # With seed 0:
 # ```
-# MAPPO, 10 iterations: 2% of the arrows lead away from the goal
-# IPPO, 10 iterations: 25% of the arrows lead away from the goal
-# IPPO, 15 iterations: 52% of the arrows lead away from the goal
+# MAPPO, 10 iterations: 2% of the arrows point away from the goal
+# IPPO, 10 iterations: 25% of the arrows point away from the goal
+# IPPO, 15 iterations: 52% of the arrows point away from the goal
 # ```
 #
-# Under MAPPO, nearly all arrows lead toward the goal. Under IPPO, red arrows surround the goal, and
-# there are many more of them after 15 iterations than after 10. They push the robots away. IPPO's
-# critic has turned the goal into a place to avoid.
+# Under MAPPO, nearly all arrows point toward the goal. Under IPPO, red arrows surround the goal,
+# and there are many more of them after 15 iterations than after 10. They push the robots away.
+# IPPO's critic has turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
 # All robots drive to their goals at the same time, and a local critic sees little beyond its own
 # robot. When that robot is near its goal, the others usually are too, and there is little left for
-# *anybody* to earn. Their distances are correlated like the numbers in Section 4. So a low value
-# near the goal is a good prediction, but it is the wrong way to judge one robot's move, because the
-# others get no closer when that robot moves.
+# *anybody* to earn. The robots' distances to their goals are correlated, just like the numbers in
+# Section 4. So a low value near the goal is a good prediction, but it is the wrong way to judge one
+# robot's move, because the others get no closer when that robot moves.
 #
-# Take an extreme case without discounting. All three robots have always been nearly equally far
-# from their goals, so at a distance d, the team has 3d left to earn, and a local critic has learned
-# that V_i = 3d. Now one robot moves one unit closer while the others wait:
+# Take an extreme case, without discounting. So far, all three robots have always been nearly
+# equally far from their goals, so at a distance d, the team has 3d left to earn, and a local critic
+# has learned that V_i = 3d. Now one robot moves one unit closer while the others wait:
 #
 # ```
 #                             reward     change in value     advantage
@@ -1491,7 +1514,7 @@ if sees_own_goal:
 #
 # Then how does MAPPO learn from an advantage of 0? Its advantage is not quite 0, because its values
 # drop by less than 1. With discounting, a unit that would otherwise be earned T steps later counts
-# only gamma^T in the value, and a policy that still fails in some episodes might never earn it.
+# for only gamma^T in the value, and a policy that still fails in some episodes might never earn it.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
 # waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
@@ -1526,25 +1549,25 @@ def value_slope(step=0.05):
 
 if sees_own_goal:
     slope = value_slope()
-    print(f"{algorithm}, {len(history)} iterations: slope of the value {slope:.2f}")
+    print(f"{algorithm}, {len(history)} iterations: slope of the value s = {slope:.2f}")
     print(f"advantage of a unit of progress: 1 - {c:.2f} s = {1 - c * slope:.2f}")
 
 # %% [markdown]
 # MAPPO:
 # ```
-# MAPPO, 10 iterations: slope of the value 0.37
+# MAPPO, 10 iterations: slope of the value s = 0.37
 # advantage of a unit of progress: 1 - 0.91 s = 0.67
 # ```
 #
 # IPPO:
 # ```
-# IPPO, 10 iterations: slope of the value 1.03
+# IPPO, 10 iterations: slope of the value s = 1.03
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
-# Section 4 has a slope for every combination of critic and reward. Here they are next to the slopes
-# of trained critics, averaged over ten seeds. In the first row, rho is the correlation of the
-# robots' distances to their goals in the batches of IPPO's tenth iteration.
+# Section 4 gives a slope for every combination of critic and reward. Here they are next to the
+# slopes of trained critics, averaged over ten seeds. In the first row, rho is the correlation of
+# the robots' distances to their goals in the batches of IPPO's tenth iteration.
 #
 # | critic | reward | Section 4 | after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
@@ -1553,36 +1576,38 @@ if sees_own_goal:
 # | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
-# At first, the slopes are small, because the critics have learned little. That is why both
-# algorithms look alike in the beginning. Discounting and failed episodes keep all slopes below
-# those of Section 4. In the last three rows, they reach only about two thirds of those values, and
-# only in the first row is there room for harm. On every seed, IPPO's slope passes 1.1 after 11 or
-# 12 iterations, and at most two iterations later, its success rate in tests is less than half of
+# At first, the slopes are small, because the critics have learned little. That is why the two
+# algorithms look alike at first. Discounting and failed episodes keep all slopes below those of
+# Section 4. In the last three rows, they reach only about two thirds of those values, so only in
+# the first row is the slope steep enough to do harm. On every seed, IPPO's slope passes 1.1 after
+# 11 or 12 iterations, and within two more, its test success rate has fallen to less than half of
 # its best. Success begins to fall a little earlier, probably because the measured slope is an
 # average, and the value is steeper near the goals. The explained variance rises all the while, from
 # 0.84 after 10 iterations to 0.95 after 15.
 #
-# Then IPPO's robots no longer arrive together, so rho and the slope fall again. The reward recovers
-# for a while after 25 iterations, as you would expect, but success does not come back within 50.
+# Then IPPO's robots no longer arrive together, so rho and the slope fall again. From about
+# iteration 25, the reward recovers for a while, as you would expect, but the success rate has not
+# recovered by iteration 50.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the
 # others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a
 # robot's own move does not move the others. But V_i' is computed from o_i' alone, so bootstrapping
-# from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that both kinds of critic give the
-# same gradient in expectation. Their local critic is exact and sees its agent's whole *history*,
-# which contains the step that it has just made. Ours sees one observation.
+# from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of critic give the
+# same gradient in expectation. But they assume a local critic that is exact and sees its agent's
+# whole *history*, which includes the step that the agent has just taken. Ours sees one observation
+# only.
 #
 # ### When does a centralized critic pay off?
-# A centralized critic protects against this failure when three conditions hold. What an agent
+# A centralized critic protects against this failure when three conditions hold: what an agent
 # cannot observe makes up much of its return, is *correlated* with what it observes, and lies within
 # the horizon, which is about 1 / (1 - gamma) steps. If you remove any one of them, a local critic
-# should not mislead.
+# should no longer mislead its agent.
 #
 # | change | removes | IPPO | MAPPO |
 # |---|---|---|---|
 # | none | | 0.04 | 0.99 |
-# | the critic also sees the sum of the others' distances | what it cannot observe | 0.99 | |
+# | the critic also sees the sum of the others' distances | the unobserved part | 0.99 | |
 # | individual rewards | its share of the return | 1.00 | 0.99 |
 # | gamma = 0.9 | the horizon | 1.00 | 0.99 |
 #
@@ -1592,7 +1617,7 @@ if sees_own_goal:
 # the data is cut off, but then the advantages are so noisy that neither algorithm learns the task
 # in 15 iterations.
 #
-# Could it be a bug in this file alone? TorchRL's own tutorial has the same hyperparameters, but
+# Could this just be a bug in this file? TorchRL's own tutorial has the same hyperparameters, but
 # keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as
 # heavily and counts the time limit as a termination. It stops after 5 iterations. If you let it run
 # longer, its IPPO unlearns the task as well. This is its training reward, averaged over ten seeds:
@@ -1624,7 +1649,6 @@ if sees_own_goal:
 
 # %% id="files"
 saved_policy = {"network": policy_options, **action_bounds}
-folder.mkdir(parents=True, exist_ok=True)
 for name, found in {"policy.pt": policy, "best_policy.pt": best_policy}.items():
     saved_policy["state_dict"] = found[0].module[0].state_dict()
     save_whole(folder / name, lambda file: torch.save(saved_policy, file))
@@ -1644,7 +1668,8 @@ def comparable_runs():
     """
     mine, runs = folder.resolve(), {}
     differ = {"mappo", "seed", *BOOKKEEPING} - ({"n_iters"} if cfg.anneal_lr else set())
-    own = json.loads(json.dumps({**asdict(cfg), "scenario_name": scenario}, default=str))
+    own = {**asdict(cfg), "world_size": world_size}  # and as JSON, like those of other runs:
+    own = json.loads(json.dumps(own, default=lambda x: getattr(x, "__name__", str(x))))
     for path in sorted(mine.parent.glob("*/hyperparameters.json")):
         try:
             settings = json.loads(path.read_text("utf-8"))
@@ -1654,7 +1679,7 @@ def comparable_runs():
             if like and rows and path.parent.resolve() != mine:
                 runs[path.parent.resolve()] = ("MAPPO" if settings["mappo"] else "IPPO", rows)
         except (OSError, ValueError, KeyError) as error:
-            print(f"{path.parent} is not in the learning curves ({type(error).__name__})")
+            print(f"{path.parent} was left out of the learning curves ({type(error).__name__})")
     return {**runs, mine: (algorithm, history)}
 
 
@@ -1712,13 +1737,13 @@ else:
 # ---
 # ## Answers
 # 1. `6000 / 400 * 30 = 450`. An epoch has 15 minibatches, and there are 30 epochs.
-# 2. Its target would be that step's reward alone. The critic could not see this coming, because the
-#    observations do not include the time step. So it would undervalue states in which episodes
-#    often run out of time.
+# 2. The target of the last step would be that step's reward alone. The critic could not see this
+#    coming, because the observations do not include the time step. So it would undervalue states in
+#    which episodes often run out of time.
 # 3. `18*256 + 256 + 256*256 + 256 + 256*4 + 4 = 71684`, and three times as many without sharing.
 # 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, for any team size.
 # 5. One. The advantage is then r_i + gamma V_i' - V_i.
 # 6. It would keep old frames and learn from them again. PPO must not, because its ratio corrects
-#    for the probabilities of actions, but not for the states that another policy would visit.
+#    for the change in the probabilities of actions, but not for the change in the states visited.
 # 7. Two likely reasons are that actions are sampled during training, so robots jitter around their
 #    goals, and that the last batch was collected before the last update.

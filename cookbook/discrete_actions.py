@@ -2,10 +2,11 @@
 
 Use it when your actuators are switches, or to compare with methods that need discrete actions. VMAS
 offers three pushes per axis (none, backward, forward), so a robot that moves in a plane has nine
-actions. The policy then is a categorical distribution, whose entropy has a closed form.
+actions. The policy is then a categorical distribution, whose entropy has a closed form.
 
-The first cell replaces the cell `make_env`, the second one replaces `policy`, and the third one
-goes after `loss_by_hand`.
+The first cell replaces the cell `make_env`, to which it adds a single line. The second one replaces
+`policy`, and the third one goes after `loss_by_hand`. Lines that end in "# new" differ from the
+lesson.
 """
 # ruff: noqa: F821
 
@@ -24,7 +25,7 @@ def make_env(num_envs, seed):
         num_envs=num_envs,
         seed=seed,
         device=cfg.device,
-        continuous_actions=False,  # this line is new
+        continuous_actions=False,  # new
         group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,
         scenario_kwargs={"n_agents": cfg.n_agents, **cfg.scenario_options},
     )
@@ -41,24 +42,24 @@ network_options = {
 }
 policy_options = {
     **network_options,
-    "n_agent_outputs": action_spec.space.n,  # a logit for each action
+    "n_agent_outputs": action_spec.space.n,  # a logit for each action  # new
     "centralized": False,
     "share_params": cfg.share_parameters_policy,
 }
 policy_network = MultiAgentMLP(**policy_options, device=cfg.device)
 orthogonal_init(policy_network, final_gain=0.01)
 policy_module = TensorDictModule(
-    nn.Sequential(policy_network),
+    nn.Sequential(policy_network),  # new
     in_keys=[("agents", "observation")],
-    out_keys=[("agents", "logits")],
+    out_keys=[("agents", "logits")],  # new
 )
-action_bounds = {}
+action_bounds = {}  # new
 untrained_policy = ProbabilisticActor(
     policy_module,
-    in_keys=[("agents", "logits")],
+    in_keys=[("agents", "logits")],  # new
     out_keys=[("agents", "action")],
     spec=env.full_action_spec_unbatched,
-    distribution_class=torch.distributions.Categorical,
+    distribution_class=torch.distributions.Categorical,  # new
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,
 )

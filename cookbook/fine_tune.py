@@ -1,8 +1,9 @@
 """Fine-tune: start from what another run has learned, for example in a world that is different now.
 
-The policy and the critic start with the weights of that run. Its networks must be as large as those
-of this run. A policy fits a team of any size. A centralized critic does not, so for another team,
-leave the second cell out. In Section 9, "untrained" then is the policy that this run started from.
+The policy and the critic start with the weights of that run, so its networks must be as large as
+those of this run. A shared policy fits a team of any size, but a centralized critic does not, so
+leave the second cell out for another team. In Section 9, "untrained" is then the policy that this
+run started from. Put the folder of the other run in place of runs/FOLDER.
 
 The first cell goes after the cell `policy`, and the second one after `critic`.
 """

@@ -7,7 +7,7 @@
     done
     python cookbook/several_seeds.py runs/five
 
-writes five.png beside the folder. If you stop the loop, start it again, and it resumes. This is a
+writes runs/five.png. If you stop the loop, start it again, and it resumes. This is a
 program, not a cell. All runs in the folder should differ in the seed and the algorithm alone. The
 interval is a bootstrap over runs, which is too narrow for a handful of them, so with fewer than ten
 seeds look at the thin lines first.

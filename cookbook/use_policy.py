@@ -3,9 +3,14 @@
     python cookbook/use_policy.py runs/FOLDER/policy.pt
 
 writes policy.pt2 (PyTorch) and policy.onnx beside policy.pt; best_policy.pt works as well. ONNX
-needs `pip install onnx onnxscript`. This is a program, not a cell. To use the policy in your own
-program, copy the class. It needs PyTorch alone, one policy serves a team of any size, and
-`policy.to("cuda")` moves it as a whole.
+needs `pip install onnxscript`. With `pip install onnxruntime`, these lines run that file, here for
+one robot:
+
+    session = onnxruntime.InferenceSession("policy.onnx")
+    [actions] = session.run(None, {"observation": numpy.zeros((1, 18), numpy.float32)})
+
+This is a program, not a cell. To use the policy in your own program, copy the class. It needs
+PyTorch alone, one policy serves a team of any size, and `policy.to("cuda")` moves it as a whole.
 """
 
 import argparse

@@ -11,6 +11,7 @@ the metrics.csv that it leaves. A study that was stopped or killed goes on with 
 import argparse
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tables import ARCHIVE, KEY, RESULTS, STUDY
 
 SCRIPT = STUDY.parent / "train_mappo.py"
 VARIANTS = STUDY / "variants.py"
+COOKBOOK = STUDY.parent / "cookbook"
 README = STUDY / "README.md"
 
 
@@ -71,6 +73,7 @@ RECIPES = {  # tested once, at the end
 PLAN = [
     Experiment("defaults", f"{TWENTY} {ALWAYS}", SLOPES),
     Experiment("individual", f"{FIFTEEN} {INDIVIDUAL}", SLOPES),
+    Experiment("near", f"--n-iters 12 {ALWAYS}", SLOPES, IPPO),  # the defaults, with near_slope
     # The correlation of the distances that the robots have left, changed on purpose.
     Experiment("moving", TWENTY, f"goals that move on + {SLOPES}"),
     Experiment("equal", TWENTY, f"equal distances + {SLOPES}"),
@@ -82,17 +85,17 @@ PLAN = [
     Experiment("one-number", THIRTY, f"others' distance + {SLOPES}", IPPO),
     Experiment("bootstrapped", THIRTY, f"arrivals bootstrapped + {SLOPES}", IPPO),
     Experiment("lambda", f"{THIRTY} --lmbda 1", SLOPES, IPPO),
-    Experiment("value-norm", THIRTY, f"value normalization + {SLOPES}", IPPO),
+    Experiment("value-norm", THIRTY, f"value_normalization + {SLOPES}", IPPO),
     # The defaults again, on seeds that nobody had seen while the defaults were chosen.
-    Experiment("fresh", TWENTY, SLOPES, seeds=range(10, 20)),
+    Experiment("fresh", f"{TWENTY} {ALWAYS}", SLOPES, seeds=range(10, 20)),
     Experiment("quick", f"{RECIPES['quick']} --evaluation-interval 11"),
     Experiment("thorough", f"{RECIPES['thorough']} --evaluation-interval 12"),
     Experiment("eight", EIGHT),
     Experiment("separate", "--no-share-parameters-policy"),
     # Agent IDs for MAPPO's critic. The predictions are in cookbook/predictions.md.
-    Experiment("agent-ids", FIFTEEN, f"agent IDs + {SLOPES}", ["MAPPO"]),
+    Experiment("agent-ids", FIFTEEN, f"agent_ids + {SLOPES}", ["MAPPO"]),
     Experiment("contacts", f"{FIFTEEN} {CONTACTS}", SLOPES, ["MAPPO"]),
-    Experiment("contacts-agent-ids", f"{FIFTEEN} {CONTACTS}", f"agent IDs + {SLOPES}", ["MAPPO"]),
+    Experiment("contacts-agent-ids", f"{FIFTEEN} {CONTACTS}", f"agent_ids + {SLOPES}", ["MAPPO"]),
     Experiment("lambda-mappo", f"{THIRTY} --lmbda 1", SLOPES, ["MAPPO"]),
     Experiment("gamma-mappo", f"{THIRTY} --gamma 0.9", SLOPES, ["MAPPO"]),
     Experiment("ten-epochs", "--n-iters 50 --num-epochs 10", SLOPES),
@@ -100,6 +103,22 @@ PLAN = [
 
 
 # -------------------------------------------------------------------------------------- running
+
+
+def cells_of(name):
+    """Return the cells with a title in variants.py, or those of a recipe such as "agent_ids".
+
+    Raises a ValueError if there are none.
+    """
+    recipe = COOKBOOK / f"{name}.py"
+    cells = jupytext.read(recipe if recipe.exists() else VARIANTS, fmt="py:percent").cells
+    if recipe.exists():
+        chosen = [cell for cell in cells if {"replaces", "before"} & cell.metadata.keys()]
+    else:
+        chosen = [cell for cell in cells if cell.metadata.get("title") == name]
+    if not chosen:
+        raise ValueError(f"there is no variant {name!r}")
+    return chosen
 
 
 def with_variant(source, variant):
@@ -117,12 +136,12 @@ def with_variant(source, variant):
 
     del notebook.cells[place_of("loop") + 1 :], notebook.cells[place_of("probe")]
     for name in filter(None, variant.split(" + ")):
-        cells = jupytext.read(VARIANTS, fmt="py:percent").cells
-        chosen = [cell for cell in cells if cell.metadata.get("title") == name]
-        if not chosen:
-            raise ValueError(f"{VARIANTS.name} has no variant {name!r}")
-        for cell in chosen:
-            notebook.cells.insert(place_of(cell.metadata["before"]), cell)
+        for cell in cells_of(name):
+            replaced = re.findall(r"\w+", cell.metadata.get("replaces", ""))
+            [place, *_] = replaced or [cell.metadata["before"]]
+            notebook.cells.insert(place_of(place), cell)
+            for left_out in replaced:
+                del notebook.cells[place_of(left_out)]
     return jupytext.writes(notebook, fmt="py:percent")
 
 
@@ -189,9 +208,9 @@ def lacking(experiment, rows):
 
 
 def run_lacking(names):
-    """Do the runs of these experiments that have no rows yet; return how many of them failed."""
-    rows, failed = read_rows(RESULTS), 0
-    keys = [key for one in PLAN if one.name in names for key in lacking(one, rows)]
+    """Do the runs of these experiments that have no rows, in this order; return how many failed."""
+    rows, failed, plan = read_rows(RESULTS), 0, {experiment.name: experiment for experiment in PLAN}
+    keys = [key for name in names for key in lacking(plan[name], rows)]
     if not keys:
         print(f"Nothing is missing: {RESULTS.name} has all runs of {', '.join(names)}")
         return 0

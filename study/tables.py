@@ -22,12 +22,16 @@ TITLES = {
     "test_collisions": "collisions",
     "episode_reward": "training reward",
     "explained_variance": "explained variance",
+    "collisions": "collisions in training",
     "slope": "slope",
+    "near_slope": "near slope",
+    "steep": "steep",
     "rho": "rho",
     "predicted_slope": "predicted slope",
 }
-DIGITS = {STEPS: 1, "test_collisions": 3}  # others have 2
-LESS_IS_BETTER = [STEPS, "test_collisions"]
+DIGITS = {STEPS: 1, "test_collisions": 3, "collisions": 3}  # others have 2
+LESS_IS_BETTER = [STEPS, "test_collisions", "collisions"]
+STUDENT = 2.262  # 97.5% quantile of Student's t for ten seeds
 BAND = ["episode_reward", "success_rate", "collisions", "loss_critic", "entropy", "kl_approx"]
 BAND += ["clip_fraction", "explained_variance", "advantage_std"]
 
@@ -40,6 +44,8 @@ def read(path):
     if not path.exists():
         return pd.DataFrame(columns=[*KEY, "script", "iteration", "after", "last"])
     rows = pd.read_csv(path, dtype={"script": str}).fillna(dict.fromkeys(KEY[1:3], ""))
+    endless = rows["variant"].str.contains("goals that move on")  # no success ends an episode
+    rows.loc[endless, SUCCESS] = float("nan")
     rows["after"] = rows["iteration"] + 1
     rows["last"] = rows["after"] == rows.groupby(KEY)["after"].transform("max")
     return rows
@@ -106,6 +112,32 @@ def versus(rows, labels, columns=(SUCCESS, STEPS), after=None):
         if pairs:
             lines.append(line)
     head = [x for name in columns for x in (f"{TITLES[name]}, MAPPO", "IPPO", "MAPPO better")]
+    return markdown(["", *head], lines)
+
+
+def paired(rows, labels, columns):
+    """Compare the runs of MAPPO in two experiments that differ in one thing, on the same seeds.
+
+    `labels` are {label: experiment}, one pair after another, and `columns` are {column: numbers of
+    iterations}, over which it is averaged. A cell is the mean difference, its 95% interval, and on
+    how many seeds the second of the pair is higher.
+    """
+    runs, lines, names = rows[rows["algorithm"] == "MAPPO"], [], [*labels]
+    for one, two in zip(names[::2], names[1::2], strict=True):
+        if not {labels[one], labels[two]} <= {*runs["experiment"]}:
+            continue
+        line = [two]
+        for name, stops in columns.items():
+            chosen = runs[runs["after"].isin(stops)].groupby(["experiment", "seed"])[name].mean()
+            gaps = (chosen[labels[two]] - chosen[labels[one]]).dropna()
+            mean, half = gaps.mean(), STUDENT * gaps.sem()
+            text = f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f})"
+            line.append(f"{text}, {(gaps > 0).sum()} of {len(gaps)}")
+        lines.append(line)
+    head = [
+        f"{TITLES[name]} {f'after {at[0]}' if len(at) == 1 else f'over {len(at)}'}"
+        for name, at in columns.items()
+    ]
     return markdown(["", *head], lines)
 
 
@@ -195,23 +227,29 @@ def speed(rows=None):
 DEFAULTS = {"the defaults": "defaults"}
 REMEDIES = {
     "the defaults": "defaults",
-    "individual rewards": "individual",
+    "value normalization": "value-norm",
     "gamma 0.9": "gamma",
     "gamma 0.9, lambda 0": "gamma-lambda",
     "the others' distance as an input": "one-number",
     "arrivals bootstrapped": "bootstrapped",
     "lambda 1": "lambda",
-    "value normalization": "value-norm",
 }
 CORRELATION = {
     "the defaults": "defaults",
     "individual rewards": "individual",
     "goals that move on": "moving",
     "goals equally far away": "equal",
-    "one robot drives at a time": "turns",
     "the same square, all drive": "close",
+    "one robot drives at a time": "turns",
+}
+IDS = {
+    "the defaults": "defaults",
+    "the defaults, with agent IDs": "agent-ids",
+    "a contact costs 10": "contacts",
+    "a contact costs 10, with agent IDs": "contacts-agent-ids",
 }
 TEN_TO_TWENTY = [10, 15, 20]
+FIRST_15 = range(1, 16)
 NEW = {  # tables of results.csv: {name: (function, arguments)}
     "defaults": (grid, {"labels": DEFAULTS, "columns": {SUCCESS: [5, 10, 15, 20]}}),
     "slopes": (
@@ -227,11 +265,11 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
         {
             "labels": CORRELATION,
             "columns": {
-                "rho": [15],
-                "predicted_slope": [15],
-                "slope": [15, 20],
+                "rho": [10],
+                "predicted_slope": [10],
+                "slope": [10, 15],
                 SUCCESS: TEN_TO_TWENTY,
-                REWARD: [15, 20],
+                REWARD: [20],
             },
         },
     ),
@@ -239,7 +277,25 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
         grid,
         {
             "labels": REMEDIES,
-            "columns": {SUCCESS: [*TEN_TO_TWENTY, 25, 30], "slope": [15, 20, 30]},
+            "columns": {
+                SUCCESS: [*TEN_TO_TWENTY, 30],
+                "slope": [10, 15, 30],
+                "near_slope": [10],
+                "steep": [10, 15],
+            },
+        },
+    ),
+    "agent-ids": (
+        paired,
+        {
+            "labels": IDS,
+            "columns": {
+                SUCCESS: [15],
+                "test_collisions": [15],
+                "collisions": FIRST_15,
+                "explained_variance": FIRST_15,
+                "slope": [15],
+            },
         },
     ),
     "fall": (fall, {"experiment": "defaults"}),
@@ -253,7 +309,6 @@ OLD = {  # tables of archive.csv
             "columns": {SUCCESS: [20, 30, 40, 50], REWARD: [20, 30, 40, 50]},
         },
     ),
-    "fresh": (versus, {"labels": {"seeds 10 to 19, 10 iterations": "fresh"}}),
     "epochs": (
         grid,
         {
@@ -265,7 +320,6 @@ OLD = {  # tables of archive.csv
         grid,
         {
             "labels": {
-                "individual rewards": "individual-rewards",
                 "gamma 0.9": "gamma-0.9",
                 "lambda 1": "lambda-1",
                 "arrivals bootstrapped": "arrivals-bootstrapped",
@@ -281,7 +335,6 @@ OLD = {  # tables of archive.csv
                 "shared reward": "eight-shared",
                 "shared reward, seeds 10 to 19": "eight-shared-fresh",
                 "individual rewards": "eight-individual",
-                "individual rewards, seeds 10 to 19": "eight-individual-fresh",
                 "shared reward, the others' distance as an input": "eight-others-distance",
                 "shared reward, its own distance as an input": "eight-own-distance",
             },
@@ -299,27 +352,25 @@ OLD = {  # tables of archive.csv
         grid,
         {
             "labels": {
-                "all shared": "15-iterations",
                 "separate policies": "separate-policies",
                 "separate critics": "separate-critics",
-                "separate policies and critics": "separate-both",
                 "separate policies, three times the frames": "separate-policies-frames",
-                "separate policies, 30 iterations": "separate-policies-30",
             },
-            "columns": {SUCCESS: [10, 30], STEPS: [10, 30]},
+            "columns": {SUCCESS: [10], STEPS: [10]},
         },
     ),
-    "recipes": (
+    "others": (
         versus,
         {
             "labels": {
+                "the defaults, seeds 10 to 19": "fresh",
                 "quick": "quick",
                 "quick, seeds 30 to 49": "quick-fresh",
                 "thorough": "thorough",
+                **{f"thorough, {n} robots": f"team-of-{n}" for n in (2, 4, 8)},
             }
         },
     ),
-    "teams": (versus, {"labels": {f"{n} robots": f"team-of-{n}" for n in (2, 4, 8)}}),
 }
 OTHER = {  # tables of other files: {name: (function, file, how its rows are made)}
     "tutorial": (tutorial, TUTORIAL, "torchrl_tutorial.py multiagent_ppo.py"),
@@ -386,10 +437,10 @@ def draw(rows, labels, columns):
     size = (1.4 + 4 / len(labels) ** 0.25 * len(labels), 0.8 + 2.6 * len(columns))
     figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(len(columns), len(labels), sharex=True, squeeze=False)
-    for place, (label, experiment) in enumerate(labels.items()):
-        for axes, name in zip(panels[:, place], columns, strict=True):
+    for number, (label, experiment) in enumerate(labels.items()):
+        for axes, name in zip(panels[:, number], columns, strict=True):
             axes.set_title(PANELS[name] if len(labels) == 1 else label)
-            axes.set_ylabel(PANELS[name] if len(labels) > 1 and place == 0 else "")
+            axes.set_ylabel(PANELS[name] if len(labels) > 1 and number == 0 else "")
             for algorithm, style in STYLE.items():
                 same = (rows["experiment"] == experiment) & (rows["algorithm"] == algorithm)
                 runs = rows[same].pivot(index="after", columns="seed", values=name).dropna()
@@ -404,20 +455,20 @@ def draw(rows, labels, columns):
                 axes.axhline(1.05, color="black", linestyle=":", linewidth=1.5)
                 axes.set_ylim(-0.1, 2.1)
             if name == "slope":
-                axes.text(1, 1.13, "above the band, progress is a loss")
+                place = axes.get_yaxis_transform()  # x from 0 to 1
+                axes.text(0.03, 1.13, "above the band, progress is a loss", transform=place)
             axes.grid(axis="y", alpha=0.3)
             axes.tick_params(labelbottom=True)
             axes.xaxis.get_major_locator().set_params(integer=True)
-        panels[-1, place].set_xlabel("iterations")
+        panels[-1, number].set_xlabel("iterations")
     panels[0, 0].legend(loc="best")
     return figure
 
 
-CUT = ["the defaults", "goals that move on", "goals equally far away"]
-TURNS = ["one robot drives at a time", "the same square, all drive"]
+DRAWN = ["the defaults", "goals equally far away", "the same square, all drive"]
+DRAWN += ["one robot drives at a time"]
 FIGURES = {  # {name: (labels, columns)}
     "slopes": (DEFAULTS, [SUCCESS, "slope"]),
     "rho": (DEFAULTS, ["rho", "predicted_slope"]),
-    "correlation": ({label: CORRELATION[label] for label in CUT}, [REWARD, "slope"]),
-    "turns": ({label: CORRELATION[label] for label in TURNS}, [SUCCESS, "slope"]),
+    "correlation": ({label: CORRELATION[label] for label in DRAWN}, [SUCCESS, "slope"]),
 }

@@ -2,7 +2,8 @@
 """Changes to the lesson that the study compares, as cells for train_mappo.py.
 
 study.py puts the cells of a variant into a copy of that file, in front of the cell whose id is
-`before`. You can paste them there, too. Their names are those of train_mappo.py.
+`before`. You can paste them there, too. Their names are those of train_mappo.py. Two more variants,
+agent_ids and value_normalization, are recipes of the cookbook.
 """
 
 
@@ -19,9 +20,10 @@ class MeasuredRun(SavedRun):
 def measure_slope(step=0.05):
     """Return the value's slope, the correlation of the distances left, and the slope it predicts.
 
-    The slope is the lesson's `value_slope()`, and `near_slope` the same for robots that are less
-    than 0.4 away. The others are means over the robots in the same batch: the correlation `rho` of
-    the distances that two robots have left, and the coefficient of a linear regression of the
+    The slope is the lesson's `value_slope()`, `near_slope` the same for robots that are less than
+    0.4 away, and `steep` the fraction of places at which the slope is above 1.1, where progress
+    looks like a loss. The others are means over the robots in the same batch: the correlation `rho`
+    of the distances that two robots have left, and the coefficient of a linear regression of the
     team's distance left, summed, on one robot's own.
     """
     env.set_seed(seed_for("slope"))
@@ -39,12 +41,14 @@ def measure_slope(step=0.05):
         distance = distance.squeeze(-1)
         drops.append(drop[distance > 0.1])
         near_drops.append(drop[(distance > 0.1) & (distance < 0.4)])
+    slopes = torch.cat(drops) / step
     left = seen[..., 4:6].norm(dim=-1).flatten(0, 1).T  # (n_agents, frames)
     covariance, correlation = left.cov(), left.corrcoef()
     pairs = n_agents * (n_agents - 1)
     return {
-        "slope": torch.cat(drops).mean().item() / step,
+        "slope": slopes.mean().item(),
         "near_slope": torch.cat(near_drops).mean().item() / step,
+        "steep": (slopes > 1.1).float().mean().item(),
         "rho": ((correlation.sum() - correlation.trace()) / pairs).item(),
         "predicted_slope": (covariance.sum(1) / covariance.diagonal()).mean().item(),
     }
@@ -146,33 +150,6 @@ critic = TensorDictModule(
     out_keys=[("agents", "state_value")],
 )
 
-
-# %% agent IDs before="gae"
-class AgentSpecificCritic(MultiAgentMLP):
-    """A network that maps (o_i, o_1, ..., o_n, ID of i) to V_i, with the same weights for all i."""
-
-    def forward(self, observation):
-        n = observation.shape[-2]
-        team = observation.flatten(-2).unsqueeze(-2).expand(*observation.shape[:-1], -1)
-        ids = torch.eye(n, device=observation.device).expand(*observation.shape[:-1], n)
-        return super().forward(torch.cat([observation, team, ids], dim=-1))
-
-
-torch.manual_seed(seed_for("critic"))
-critic_network = AgentSpecificCritic(
-    **network_options | {"n_agent_inputs": n_obs + n_agents * n_obs + n_agents},
-    n_agent_outputs=1,
-    centralized=False,  # the input of each agent already holds all observations
-    share_params=True,
-    device=cfg.device,
-)
-orthogonal_init(critic_network, final_gain=1.0)
-critic = TensorDictModule(
-    critic_network,
-    in_keys=[("agents", "observation")],
-    out_keys=[("agents", "state_value")],
-)
-
 # %% arrivals bootstrapped before="loop"
 # Advantages as if an episode could go on after all robots have arrived, like after a time limit.
 estimate_with_terminations = estimate_advantages
@@ -183,23 +160,3 @@ def estimate_advantages(batch):
     batch["next", "terminated"].zero_()
     estimate_with_terminations(batch)
     batch["next", "terminated"].copy_(terminated)
-
-
-# %% value normalization before="setup"
-from torchrl.modules import RunningValueNorm
-from torchrl.objectives.multiagent import IPPOLoss
-
-loss_module = IPPOLoss(  # as in the lesson, but errors are divided by a standard deviation
-    policy,
-    critic,
-    value_norm=RunningValueNorm(shape=1, device=cfg.device),
-    clip_epsilon=cfg.clip_epsilon,
-    entropy_coeff=cfg.entropy_eps,
-    critic_coeff=cfg.critic_coeff,
-    normalize_advantage=cfg.normalize_advantage,
-    loss_critic_type="smooth_l1",
-    functional=False,
-    log_explained_variance=False,
-)
-loss_module.set_keys(value=("agents", "state_value"), reward=("agents", "reward"))
-optimizer = torch.optim.Adam(loss_module.parameters(), lr=cfg.lr, fused=True)

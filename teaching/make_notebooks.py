@@ -43,8 +43,8 @@ Look at your prediction sheet. When everybody has written down a prediction, do 
 "Predict, then look". Your teacher then goes through this section with you. The next two cells show
 what the critic that you have trained here teaches each robot."""
 SECTION_10_END = """\
-Compare your picture with that of someone who has trained the other algorithm. You find the rest of
-this section in `train_mappo.py`. Read it after the class."""
+Compare your picture with that of someone who has trained the other algorithm. The rest of this
+section is in `train_mappo.py`, which your teacher gives you after the class."""
 
 
 def read(text):
@@ -154,21 +154,27 @@ def make_colab():
 
 COLAB_NOTE = """\
 # On Colab, or on any empty machine
-This notebook needs nothing but itself. Write the project's address into the next cell and run it.
-It gets the project, installs the packages, and goes to the folder of the exercises."""
+Upload `mappo-class.zip`, which your teacher has sent you, and run the next cell. On Colab, you
+upload files in the panel behind the folder symbol on the left. The cell unpacks the ZIP, installs
+the packages, and goes to the folder of the exercises. Without the ZIP, it gets the project from an
+address, if you write one into its first line."""
 COLAB = """\
-CLONE = "https://github.com/OWNER/REPOSITORY"  # the project's address, for git clone
+CLONE = "https://github.com/OWNER/REPOSITORY"  # needed only without mappo-class.zip
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 project = Path("mappo-class").resolve()
-if "OWNER/" in CLONE:
-    raise SystemExit("Write the address of the project into the first line of this cell.")
 if not project.exists():
-    subprocess.run(["git", "clone", "--depth", "1", CLONE, str(project)], check=True)
+    if Path("mappo-class.zip").exists():
+        shutil.unpack_archive("mappo-class.zip")
+    elif "OWNER/" in CLONE:
+        raise SystemExit("Upload mappo-class.zip, or write an address into this cell's first line.")
+    else:
+        subprocess.run(["git", "clone", "--depth", "1", CLONE, str(project)], check=True)
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
 subprocess.run([*pip, str(project / "requirements.txt")], check=True)
 os.chdir(project / "teaching" / "student")

@@ -17,7 +17,7 @@ from cells import REPOSITORY, SCRIPT, SLOW, read_cells, run_cells, run_inside, w
 from conftest import TINY, assert_same, load, options, without_seconds
 
 COOKBOOK = REPOSITORY / "cookbook"
-RECIPES = sorted(path.stem for path in COOKBOOK.glob("*.py"))
+RECIPES = sorted({path.stem for path in COOKBOOK.glob("*.py")} - {"paste"})
 PROGRAMS = ["play_policy", "several_seeds", "use_policy"]  # the others are cells
 CELLS = [name for name in RECIPES if name not in PROGRAMS]
 
@@ -31,32 +31,16 @@ def places(recipe):
     return found
 
 
-def paste(path, *recipes, edits=()):
-    """Paste recipes into the file at `path`, pieces of them replaced; return `path`.
-
-    `edits` is {old: new}. A cell that the file lacks, such as a slow one, needs no replacement.
-    """
-    lesson = jupytext.read(path)
-
-    def find(name):
-        ids = [cell.metadata.get("id") for cell in lesson.cells]
-        return ids.index(name)
-
+def paste_into(path, *recipes, edits=()):
+    """Paste recipes into the file at `path` as readers do, pieces of them replaced: {old: new}."""
+    paste, text = runpy.run_path(str(COOKBOOK / "paste.py"))["paste"], path.read_text("utf-8")
     for recipe in recipes:
-        for how, (target, *left_out), cell in places(recipe):
-            for old, new in dict(edits).items():
-                cell.source = cell.source.replace(old, new)
-            place = find(target)
-            if how == "replaces":
-                cell.metadata["id"] = target
-                lesson.cells[place] = cell
-            else:
-                lesson.cells.insert(place + (how == "after"), cell)
-            ids = [one.metadata.get("id") for one in lesson.cells]
-            for name in {*left_out} & {*ids}:
-                lesson.cells.pop(find(name))
-    jupytext.write(lesson, path, fmt="py:percent")
-    return path
+        changed = (COOKBOOK / f"{recipe}.py").read_text("utf-8")
+        for old, new in dict(edits).items():
+            assert old in changed
+            changed = changed.replace(old, new)
+        text = paste(text, changed)
+    path.write_text(text, "utf-8")
 
 
 @pytest.fixture
@@ -65,7 +49,7 @@ def cook(tmp_path):
 
     def run(*recipes, edits=(), folder="run", **values):
         path = write_copy(tmp_path / "train_mappo.py", *SLOW)
-        paste(path, *recipes, edits=edits)
+        paste_into(path, *recipes, edits=edits)
         return run_inside(*options(run_folder=tmp_path / folder, **values), path=path)
 
     return run
@@ -142,14 +126,38 @@ def lines_of_code(source):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_short(recipe):
-    """It has at most forty lines of code that the lesson does not have."""
+    """It has at most forty lines of code that the lesson does not have, as many as README says."""
     lesson = {*SCRIPT.read_text("utf-8").splitlines()}
     code = lines_of_code((COOKBOOK / f"{recipe}.py").read_text("utf-8"))
-    assert len([line for line in code if line not in lesson]) <= 40
+    new = len([line for line in code if line not in lesson])
+    assert new <= 40 and row_of(recipe).endswith(f"| {new} |")
 
 
-def test_discrete_actions(cook):
-    """Nine actions, at first nearly uniform, an entropy that the library confirms."""
+def test_paste():
+    """Cells go before, after or in place of others; all the rest stays as it is."""
+    paste = runpy.run_path(str(COOKBOOK / "paste.py"))["paste"]
+    one, two, three, four = (f'# %% id="{name}"\n{name}\n\n' for name in ("a", "ab", "b", "c"))
+    recipe = '"""Text."""\n# %% replaces="ab, b"\nnew\n# %% before="a"\n1\n# %% after="a"\n2\n'
+    expected = ['head\n# %% before="a"\n1\n', one, '# %% after="a"\n2\n', '# %% id="ab"\nnew\n']
+    assert paste("head\n" + one + two + three + four, recipe) == "".join([*expected, four])
+    with pytest.raises(ValueError):
+        paste(one + four, recipe)
+
+
+def test_paste_writes_a_new_file(tmp_path, capsys):
+    """The program pastes several recipes, refuses programs, and overwrites nothing."""
+    run_program("paste", tmp_path / "mine.py", "own_scenario", "fine_tune")
+    cells = {cell.source for cell in jupytext.read(tmp_path / "mine.py").cells}
+    for recipe in ("own_scenario", "fine_tune"):
+        assert {cell.source for _, _, cell in places(recipe)} < cells
+    for file, recipe in (("mine.py", "gpu"), ("other.py", "use_policy")):
+        with pytest.raises(SystemExit, match="2"):
+            run_program("paste", tmp_path / file, recipe)
+    assert "exists already" in capsys.readouterr().err and not (tmp_path / "other.py").exists()
+
+
+def test_discrete_actions(cook, capsys):
+    """Nine actions, at first nearly uniform, an entropy that the library confirms; it plays."""
     names = cook("discrete_actions")
     actions = names["rollout"]["agents", "action"]
     assert actions.dtype == torch.int64 and {*actions.unique().tolist()} == {*range(9)}
@@ -161,6 +169,8 @@ def test_discrete_actions(cook):
     data = names["policy"](names["env"].reset())
     chosen = policy(data["agents", "observation"])
     assert chosen.tolist() == data["agents", "logits"].argmax(-1).tolist()
+    run_program("play_policy", names["folder"] / "policy.pt")
+    assert "of 200 episodes ended in time" in capsys.readouterr().out
 
 
 def test_own_scenario(cook):
@@ -293,6 +303,18 @@ def test_the_policy_elsewhere(mappo, tmp_path):
     with pytest.raises(SystemExit, match="2"):
         run_program("use_policy", path)  # nothing is overwritten
     assert {value.device.type for value in policy.to("meta").state_dict().values()} == {"meta"}
+
+
+def test_onnx(trained):
+    """ONNX Runtime computes what PyTorch computes, for a team of any size."""
+    pytest.importorskip("onnxscript", reason="needs onnxscript")
+    runtime = pytest.importorskip("onnxruntime", reason="needs onnxruntime")
+    policy = run_program("use_policy", trained)["policy"]
+    session = runtime.InferenceSession(str(trained.with_suffix(".onnx")))
+    for robots in (1, 2, 7):
+        observation = torch.rand(robots, policy.n_obs)
+        [action] = session.run(None, {"observation": observation.numpy()})
+        torch.testing.assert_close(torch.from_numpy(action), policy(observation).detach())
 
 
 def test_separate_policies_elsewhere(cook):

@@ -305,6 +305,8 @@ def test_every_switch(page):
             find(page, f"[name=movers][value={movers}]").click()
             find(page, f"[name=iterations][value='{iterations}']").click()
             assert_shown(page)
+            why = "all three robots have earned" if movers == "all" else "they have not moved"
+            assert why in find(page, ".why").text  # the cause can be read without opening anything
     find(page, "[name=movers][value=all]").click()
     for details in page.find_elements(By.TAG_NAME, "summary"):
         details.click()

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from cells import SLOW, finish, run_inside, start, write_copy
+from cells import SLOW, finish, read_cells, run_cells, run_inside, start, write_copy
 from conftest import assert_same, load, options, rows
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
@@ -148,11 +148,13 @@ def test_another_number_of_processes_is_said_and_so_is_an_error(two, script, tmp
         (["--minibatch-size", "75"], "minibatch_size is 75, but must be"),
         (["--minibatch-size", "2"], "minibatch_size is 2, but must be"),
         (["--device", "cuda:0"], "device is 'cuda:0', but must be cpu"),
+        (["--run-folder", ""], "run_folder is '', but must be given if torchrun may restart"),
     ],
 )
 def test_what_cannot_be_shared_out_is_refused(words, sentence, lean, tmp_path, capfd, monkeypatch):
     """By a process that names itself, before the processes meet. torchrun sets the variables."""
     variables = {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "WORLD_SIZE": "2"}
+    variables["TORCHELASTIC_MAX_RESTARTS"] = "1"
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as end:
@@ -167,3 +169,13 @@ def test_variables_of_another_launcher_do_no_harm(lean, tmp_path, monkeypatch, c
     monkeypatch.setenv("WORLD_SIZE", "2")
     run_inside(*options(n_iters=1, run_folder=tmp_path / "run"), path=lean)
     assert "New run: " in capfd.readouterr().out
+
+
+def test_only_the_first_process_makes_files_and_folders(tmp_path):
+    """Each process names a folder of its own if no run folder is given."""
+    cells = read_cells()
+    names = run_cells([cells["imports"], cells["config"], cells["placeholders"]])
+    for rank in (1, 0):
+        names["rank"] = rank
+        names["save_whole"](tmp_path / f"run of {rank}" / "file", lambda file: file.write(b"text"))
+    assert [path.name for path in tmp_path.iterdir()] == ["run of 0"]

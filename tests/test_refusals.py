@@ -241,5 +241,5 @@ def test_help_shows_section_1_and_may_be_cut_off(tmp_path, capsys, monkeypatch):
 
 
 def test_it_cannot_be_imported_by_mistake():
-    with pytest.raises(ImportError, match="is a program or a notebook"):
+    with pytest.raises(ImportError, match="cannot be imported"):
         runpy.run_path(str(SCRIPT), run_name="train_mappo")

@@ -156,7 +156,7 @@ def test_a_finished_run_can_be_made_longer(short, finished, lean, capfd):
     run_inside("--run-folder", short, "--n-iters", 5, path=lean)
     out = capfd.readouterr().out
     assert f"Resuming {short}: 3 of 5 iterations are done" in out
-    [kept] = [line for line in out.splitlines() if line.startswith("Kept from the run: ")]
+    [kept] = [line for line in out.splitlines() if line.startswith("Kept from the saved run: ")]
     assert "num_cells = 32" in kept and "n_iters" not in kept and "run_folder" not in kept
     assert_same(short, finished[5])
     assert json.loads((short / "hyperparameters.json").read_text())["n_iters"] == 5
@@ -167,7 +167,7 @@ def test_a_jump_of_an_annealed_learning_rate_is_said(lean, tmp_path, capfd):
     run_inside(*options(run_folder=tmp_path / "run", n_iters=3, anneal_lr=True), path=lean)
     assert "learning rate" not in capfd.readouterr().out
     run_inside("--run-folder", tmp_path / "run", "--n-iters", 9, path=lean)
-    assert "The learning rate was 0.0001. It continues at 0.0002" in capfd.readouterr().out
+    assert "The learning rate was 0.0001. Training continues at 0.0002" in capfd.readouterr().out
 
 
 def test_runs_leave_each_other_alone(finished, lean, tmp_path, monkeypatch, capfd):

@@ -47,4 +47,4 @@ def test_unlike_agents_are_refused(scenario, script, tmp_path, capsys):
         run_inside(*words, path=script)
     assert end.value.code == 2 and not (tmp_path / "run").exists()
     *_, sentence = capsys.readouterr().err.splitlines()
-    assert f"scenario_name is '{scenario}', but must be one with a single team" in sentence
+    assert f"scenario_name is '{scenario}', but must be a scenario with a single team" in sentence

@@ -43,7 +43,7 @@ def rows_of(key, success=0.5, iterations=20):
     """Return the rows that a run leaves, as text."""
     columns = dict(zip(study.KEY, key, strict=True))
     columns |= {"script": "0", "iteration": [str(i) for i in range(iterations)]}
-    measured = ["rho", "slope", "predicted_slope", "explained_variance", *tables.BAND]
+    measured = ["rho", "slope", "near_slope", "predicted_slope", "test_collisions", *tables.BAND]
     columns |= dict.fromkeys([*measured, tables.REWARD, tables.STEPS], "1.5")
     return pd.DataFrame(columns | {tables.SUCCESS: f"{success}"})
 
@@ -109,6 +109,19 @@ def test_a_comparison_pairs_the_seeds():
     )
     line = tables.versus(rows, {"A": "a"}, [tables.STEPS]).splitlines()[-1]
     assert line == "| A | 55.0 (worst 60.0) | 69.7 (worst 99.0) | 1 of 2 |"
+
+
+def test_a_difference_between_pairs_has_an_interval():
+    """Ten gaps of 0.1 or 0.3 have a standard error of 1/30; the last iteration is not averaged."""
+    runs = [("a", seed, [0.5, 0.7, 0.0]) for seed in range(10)]
+    runs += [("b", seed, [0.6 + seed % 2 * 0.2, 0.8 + seed % 2 * 0.2, 9.0]) for seed in range(10)]
+    rows = pd.DataFrame(
+        {"experiment": name, "algorithm": "MAPPO", "seed": seed, "after": after, "slope": value}
+        for name, seed, values in runs
+        for after, value in enumerate(values, 1)
+    )
+    line = tables.paired(rows, {"A": "a", "B": "b"}, {"slope": [1, 2]}).splitlines()[-1]
+    assert line == "| B | +0.200 (+0.125 to +0.275), 10 of 10 |"
 
 
 def test_ratios_of_times_are_those_of_a_turn():
@@ -236,7 +249,7 @@ def plain(tmp_path_factory):
 
 def test_measuring_changes_no_training_and_measures_what_the_lesson_does(plain, tmp_path):
     names = run_variant(tmp_path, "slopes")
-    new = ["slope", "near_slope", "rho", "predicted_slope"]
+    new = ["slope", "near_slope", "steep", "rho", "predicted_slope"]
     measured = [{name: row.pop(name) for name in new} for row in names["history"]]
     assert without_seconds(names["history"]) == without_seconds(plain["history"])
     cells = jupytext.read(SCRIPT).cells
@@ -327,7 +340,7 @@ def test_one_robot_drives_at_a_time_until_it_arrives():
 
 def test_remedies_run_together_and_do_what_they_say(tmp_path):
     """The critic gets the others' distance, arrivals are hidden from the advantages only."""
-    variant = "others' distance + arrivals bootstrapped + value normalization + slopes"
+    variant = "others' distance + arrivals bootstrapped + value_normalization + slopes"
     names = run_variant(tmp_path, variant, mappo=False)
     critic, observation = names["critic_network"], torch.zeros(4, 3, 18)
     observation[..., 4:6] = torch.tensor([[3.0, 4.0], [0.0, 1.0], [2.0, 0.0]])
@@ -348,16 +361,15 @@ def test_remedies_run_together_and_do_what_they_say(tmp_path):
     assert names["loss_module"].value_norm.count > 0  # it has seen value targets
 
 
-def test_a_critic_with_agent_ids_has_a_value_for_each_robot(plain, tmp_path):
-    names = run_variant(tmp_path, "agent IDs + slopes")
-    observation = torch.randn(4, 3, 18)
-    with torch.no_grad():
-        shared, own = (x["critic_network"](observation)[..., 0] for x in (plain, names))
-        assert shared.equal(shared[:, :1].expand(4, 3))
-        assert (own[:, 0] != own[:, 1]).all()
-        changed = observation.clone()
-        changed[:, 1] += 1
-        assert (names["critic_network"](changed)[:, 0, 0] != own[:, 0]).all()  # sees the others
+def test_recipes_of_the_cookbook_take_the_place_of_cells(tmp_path):
+    """Those that they name are gone, and the slope of their critic is measured."""
+    cells = {"agent_ids": ["critic", "critic_check"], "value_normalization": ["loss", "loss_check"]}
+    for recipe, replaced in cells.items():
+        changed = study.with_variant(SCRIPT.read_text("utf-8"), f"{recipe} + slopes")
+        found = [cell.metadata.get("id") for cell in jupytext.reads(changed, "py:percent").cells]
+        assert not {*replaced} & {*found} and "gae" in found
+    names = run_variant(tmp_path, "agent_ids + slopes")
+    assert type(names["critic_network"]).__name__ == "AgentSpecificCritic"
     assert "slope" in names["history"][-1]
 
 

@@ -5,6 +5,7 @@ import json
 import linecache
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -703,10 +704,27 @@ def test_spoilers_are_found():
     assert spoilers((TEACHER / "slides.html").read_text("utf-8").replace("\n", " ")) != []
 
 
+def test_predictions_are_sealed_before_exercise_2():
+    """What a local critic says about a sum would give away which algorithm fails."""
+    for path in (STUDENT / "prediction_sheet.html", TEACHER / "slides.html"):
+        text = path.read_text("utf-8")
+        success = text.index("raction of the test episodes succeeds?")
+        assert success < text.index("explained variance"), path
+
+
 def test_the_surprise_comes_before_its_reasons():
     order = [name for name in BLANKS if name.startswith("check_")]
     assert order.index("check_4") < order.index("check_5a")
-    text = "\n".join(cell.source for cell in make_notebooks.make_exercises().cells)
+    cells = make_notebooks.make_exercises().cells
+    names = [cell.id for cell in cells]
+    part_c = names.index("part_c")  # Jupyter shows it closed
+    assert cells[part_c].metadata["jp-MarkdownHeadingCollapsed"] is True
+    in_class = ["exercise_1", "exercise_2", "exercise_3", "exercise_4", "exercise_5"]
+    assert max(map(names.index, in_class)) < names.index("exercise_6") < part_c
+    assert min(map(names.index, ["exercise_5b", "exercise_5c", "exercise_12"])) > part_c
+    prose = [cell.source for cell in cells[part_c + 1 :] if cell.cell_type == "markdown"]
+    assert not re.search(r"^# ", "\n".join(prose), re.MULTILINE)  # it would end what is closed
+    text = "\n".join(cell.source for cell in cells)
     numbers = re.findall(r"^## (\d+)\. .*\((★+), (\d+) minutes", text, re.MULTILINE)
     assert [int(number) for number, _, _ in numbers] == [*range(1, 14)]
     assert text.count("<details>") == text.count("</details>") >= 13
@@ -722,9 +740,22 @@ def test_the_set_up_check_says_what_is_missing(capsys):
     assert capsys.readouterr().out == "Everything is installed.\n"
 
 
-def test_colab_asks_for_the_address():
-    with pytest.raises(SystemExit, match="address"):
+def test_colab_asks_for_the_zip_or_an_address(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="mappo-class.zip, or write an address"):
         exec(make_notebooks.COLAB, {})
+
+
+def test_colab_unpacks_the_zip(tmp_path, monkeypatch):
+    student = tmp_path / "packed" / "mappo-class" / "teaching" / "student"
+    student.mkdir(parents=True)
+    shutil.make_archive(tmp_path / "mappo-class", "zip", tmp_path / "packed")
+    installed = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: installed.append(words[-1]))
+    exec(make_notebooks.COLAB, {})
+    assert Path.cwd() == tmp_path / "mappo-class" / "teaching" / "student"
+    assert installed == [str(tmp_path / "mappo-class" / "requirements.txt")]
 
 
 def test_pins_agree():
@@ -741,14 +772,111 @@ def test_links_lead_somewhere():
             assert target.startswith("http") or (path.parent / target).exists(), (path, target)
 
 
-def test_the_plan_names_slides_and_cells_that_exist():
+def test_the_plan_names_slides_sections_and_exercises_that_exist():
     plan = (TEACHER / "plan.md").read_text("utf-8")
     slides = (TEACHER / "slides.html").read_text("utf-8").count("<section>")
-    cells = {cell.id for cell in make_notebooks.make_student_lesson().cells}
-    for row in re.findall(r"^\| \d+ to \d+ \|.*", plan, re.MULTILINE):
+    headings = re.findall(r"^# ###? (.*)", make_notebooks.LESSON.read_text("utf-8"), re.MULTILINE)
+    sections = {heading.split(".")[0] for heading in headings} | set(headings)
+    rows = re.findall(r"^\| \d+ to \d+ \|.*", plan, re.MULTILINE)
+    assert len(rows) > 25
+    for row in rows:
         columns = [part.strip() for part in row.strip("|").split("|")]
         assert all(int(x) <= slides for x in re.findall(r"\d+", columns[2])), row
-        assert set(re.findall(r"`(\w+)`", columns[3] if len(columns) > 3 else "")) <= cells, row
+        if len(columns) == 6:  # the plan for 90 minutes names sections, too
+            assert set(re.findall(r"\d+", columns[3])) <= sections, row
+            assert set(re.findall(r'"(.*)"', columns[3])) <= sections, row
+        exercises = re.findall(
+            r"\d+", columns[-2 if len(columns) == 6 else 3] if columns[3:] else ""
+        )
+        assert all(1 <= int(x) <= 13 for x in exercises), row
+
+
+def test_the_board_does_the_sums_of_gae_right():
+    """The three steps on the board are what the lesson computes, and slide 7 has them, too."""
+    board = (TEACHER / "board.md").read_text("utf-8")
+    lines = re.findall(
+        r"\b(r|V|V'|delta|A) +([\d.]+) +([\d.]+) +([\d.]+)(?:  |$)", board, re.MULTILINE
+    )
+    assert [name for name, *_ in lines] == ["r", "V", "V'", "delta", "A", "delta", "A"]
+    numbers = [torch.tensor([float(x) for x in numbers]) for _, *numbers in lines]
+    reward, value, after = (x.view(1, 3, 1, 1) for x in numbers[:3])
+    space = {"torch": torch}
+    exec(kit.lesson_cells()["gae_by_hand"], space)
+    done = torch.tensor([False, False, True]).view(1, 3, 1)
+    for terminated, (delta, advantage) in ((False, numbers[3:5]), (True, numbers[5:7])):
+        for lmbda, expected in ((0.0, delta), (0.8, advantage)):
+            flags = done, done & terminated
+            found = space["gae_by_hand"](reward, value, after, *flags, 0.5, lmbda)[0]
+            torch.testing.assert_close(found.flatten(), expected)
+
+    slide = (TEACHER / "slides.html").read_text("utf-8").split("<section>")[7]
+    shown = re.findall(r"<tr><td>[^<]*\b(r|V|V'|delta|A)</td>(.*)</tr>", slide)
+    assert [
+        (name, *re.findall(r'<td class="n">([\d.]+)</td>', cells)) for name, cells in shown
+    ] == lines
+
+
+@pytest.mark.parametrize("name", ["board.md", "slides.html"])
+def test_the_four_slopes_have_the_right_worth(name):
+    """The teacher's tables of 1 - c s, and where it becomes a loss, are what c gives."""
+    text = re.sub(r"<[^>]+>", " | ", (TEACHER / name).read_text("utf-8"))
+    c = 0.99 * (1 - 0.9) / (1 - 0.99 * 0.9)
+    assert f"{1 - c:.2f} - {2 * c:.2f} rho" in text
+    assert f"a loss if rho is above {(1 / c - 1) / 2:.2f}" in text
+    assert text.count(f"| {1 - c:.2f} |") == 2 and text.count(f"| {1 - c / 3:.2f} |") == 1
+    assert f"1 / c = {1 / c:.2f}" in text
+
+
+@pytest.fixture(scope="module")
+def unpacked(tmp_path_factory):
+    """Return the folder in which the students' ZIP has been unpacked; the plan says how to pack it.
+
+    The ZIP holds what has been committed.
+    """
+    root, place = TEACHING.parent, tmp_path_factory.mktemp("student")
+    [command] = re.findall(
+        r"^git archive .*", (TEACHER / "plan.md").read_text("utf-8"), re.MULTILINE
+    )
+    if not (root / ".git").exists() or not shutil.which("git"):
+        pytest.skip("needs git and a clone of the project")
+    words = command.replace("../mappo-class.zip", str(place / "mappo-class.zip")).split()
+    subprocess.run(words, cwd=root, check=True)
+    assert (place / "mappo-class.zip").stat().st_size < 10_000_000
+    shutil.unpack_archive(place / "mappo-class.zip", place)
+    return place / "mappo-class"
+
+
+def test_the_zip_for_students_has_what_they_need_and_no_more(unpacked):
+    files = {str(path.relative_to(unpacked)) for path in unpacked.rglob("*") if path.is_file()}
+    tops = {"LICENSE", "requirements.txt", "teaching/requirements.txt"}
+    assert tops < files
+    assert {str(Path(*Path(name).parts[:2])) for name in files - tops} == {
+        "teaching/student",
+        "teaching/trained",
+    }
+    for path in STUDENT.iterdir():
+        assert (
+            path.name.startswith((".", "__"))
+            or (unpacked / "teaching/student" / path.name).exists()
+        )
+
+
+def test_the_zip_for_students_works_by_itself(unpacked):
+    """The first cells, exercise 1 and the networks of exercise 4 need nothing outside of it."""
+    lines = [BLANKS["set-up"], BLANKS["start"], SOLUTIONS["blank_1"], BLANKS["check_1"]]
+    lines += [
+        "for name in ('mappo', 'ippo'):",
+        "    print(kit.load_trained(name, 15)['cfg'].mappo)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)],
+        cwd=unpacked,
+        env={**os.environ, "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Exercise 1 is correct." in done.stdout and done.stdout.endswith("True\nFalse\n")
 
 
 @pytest.mark.parametrize("name", ["MAPPO", "IPPO"])

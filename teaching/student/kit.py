@@ -78,7 +78,7 @@ def success_rate(names):
 
 
 def draw_arrow_map(axes, names, robot=0, points=24):
-    """Draw where the advantage pushes a robot; return the fraction of arrows that lead away."""
+    """Draw where the advantage pushes a robot; return the fraction of arrows that point away."""
     scene, places, directions, from_goal = names["arrow_map"](robot, points)
     away = (directions * from_goal).sum(-1) > 0
     for chosen, color, width in ((~away, "tab:green", 0.004), (away, "tab:red", 0.008)):
