@@ -68,7 +68,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # With several agents, each agent's environment includes all the others. They learn too, so to each
 # agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits the
 # damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
-# recorded in it goes out of date.
+# recorded in it is far out of date.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -171,7 +171,8 @@ cfg = Config()
 
 # %% id="placeholders"
 rank, world_size = 0, 1  # the index of this process, and how many there are
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}  # these do not affect learning
+# These do not affect learning, except for n_iters if the learning rate is annealed.
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
 BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
@@ -602,13 +603,13 @@ run = SavedRun(cfg, is_program)
 #
 # TorchRL components communicate through a TensorDict, a dictionary of tensors that share their
 # leading dimensions, so that you can index and reshape all of them at once. It can be nested, and a
-# tuple such as `("next", "done")` is a path in it. Per-agent data is stored under `"agents"`, and
-# everything that a step returns under `"next"`.
+# tuple such as `("next", "done")` is a path in it. What each agent observes, does and earns is
+# stored under `"agents"`, and everything that a step returns under `"next"`.
 #
 # Running out of time is not the same as succeeding. After a *termination*, nothing more can be
 # earned, so the value of what follows is 0. A *truncated* episode could have continued, so the
-# critic's estimate of the rest still counts. On its own, VMAS reports both as terminations. Here,
-# the `StepCounter` transform applies the time limit and keeps the two apart.
+# critic's estimate of the rest still counts. `VmasEnv` would report both as terminations. Here, the
+# `StepCounter` transform applies the time limit and keeps the two apart.
 
 
 # %% id="make_env"
@@ -835,7 +836,7 @@ with torch.no_grad():
 #
 # Under MAPPO, the agents share the network and its input, so they have *the same value*. Under
 # IPPO, each robot has its own value, even though all robots share the network. *Independent* means
-# that no agent's value depends on what another agent observes.
+# that each agent's value comes from its own observations, as if the others were part of the world.
 #
 # ### What can each critic know?
 # Before a run that takes minutes, try one that takes seconds. Give every agent one random number
@@ -858,7 +859,7 @@ def probe(centralized, own_target, rho):
     small_critic = MultiAgentMLP(**sizes, centralized=centralized, share_params=True)
     adam = torch.optim.Adam(small_critic.parameters(), lr=1e-2)
 
-    def draw(frames):
+    def draw(frames):  # any two of the numbers have correlation rho
         common, own = torch.randn(frames, 1, 1), torch.randn(frames, 3, 1)
         x = rho**0.5 * common + (1 - rho) ** 0.5 * own  # (frames, 3, 1)
         return x, x if own_target else x.sum(dim=1, keepdim=True).expand_as(x)
@@ -903,11 +904,12 @@ for own_target in (False, True):
 # - *Own number.* A shared centralized critic has one value for all agents, so the best it can do is
 #   predict their average, and its slope is a third of the true one.
 #
-# In theory, a local critic that predicts the sum for three agents has a slope of 1 + 2 rho and
-# explains (1 + 2 rho) / 3 of the variance. Both grow with the correlation, so remember this for
-# Section 10: **the better a local critic predicts from correlation, the more it misleads an agent
-# about that agent's own contribution.** The explained variance cannot warn you. At rho 0.9, it is
-# the same for a slope of nearly three as for a slope of one third.
+# In theory, a local critic that predicts the sum for three agents has a slope of 1 + 2 rho, because
+# it expects the two other numbers to rise by rho each. It explains (1 + 2 rho) / 3 of the variance.
+# Both grow with a positive correlation, so remember this for Section 10: **the better a local
+# critic predicts from correlation, the more it misleads an agent about that agent's own
+# contribution.** The explained variance cannot warn you. At rho 0.9, it is the same for a slope of
+# nearly three as for a slope of one third.
 #
 # This centralized critic sees no actions, so it can tell how well the team is doing, but not who is
 # responsible. The critic of COMA (Foerster et al. 2018, arXiv:1705.08926) sees the actions, too.
@@ -1055,27 +1057,10 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # actions raise the shared advantage, while the others' actions raise or lower it mostly regardless
 # of what this robot does.
 #
-# *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. Suppose
-# that a robot can go left or right, and that some of its values are too high by 1:
-#
-# | which values are too high | changes A_i(left) by | A_i(right) by | effect on this choice |
-# |---|---|---|---|
-# | only the one before the robot moves | -1 | -1 | none, on average |
-# | only the one right after it goes left | gamma (1 - lmbda) = 0.10 | 0 | favors left |
-# | all those after it goes left | c = 0.91 | 0 | strongly favors left |
-#
-# A wrong baseline shifts both advantages equally, so the error averages out. A wrong bootstrap
-# value can depend on where the action led, and then the error does not average out. If only one
-# value is wrong, the next delta cancels most of the error, because the same value is the baseline
-# of the next step. But a robot that has moved remains in its new position, so the error persists.
-# Each later delta cancels only (1 - gamma) of it, weighted by a power of gamma lmbda, so what
-# remains is
-#
-#     c = gamma - (1 - gamma) [gamma lmbda + (gamma lmbda)^2 + ...]
-#       = gamma (1 - lmbda) / (1 - gamma lmbda)
-#
-# Close to the end of an episode, less remains, because nothing is bootstrapped after a termination.
-# Remember c for Section 10.
+# *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. An error
+# in the baseline shifts the advantages of all actions equally, so it averages out. An error in the
+# bootstrap value may depend on where the action led, so it does not average out, and the policy
+# learns from it. Section 10 shows what that can do.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1289,7 +1274,7 @@ for iteration in progress:
     row = {"iteration": iteration, "frames": (iteration + 1) * cfg.frames_per_batch}
     row |= measure(batch)
     row |= {name: losses[name].item() for name in update_metrics}
-    unexplained = frames["advantage"].var() / frames["value_target"].var()
+    unexplained = frames["advantage"].var() / frames["value_target"].var()  # target minus value
     row["explained_variance"] = 1 - unexplained.item()
     row["advantage_std"] = frames["advantage"].std().item()
     row["seconds"] = time.perf_counter() - start
@@ -1334,16 +1319,16 @@ run.finish()
 #
 # `kl_approx` estimates the KL divergence between the old and new policies. It is the old
 # log-probability minus the new one, averaged over the iteration's minibatches, and it can be
-# negative. The explained variance of an untrained critic means little, because its targets contain
-# its own estimates. Under `torchrun`, each process measures its own share of the batch, and the
-# metrics are averages over the processes.
+# negative. The explained variance flatters the critic, and means little for an untrained one,
+# because the targets contain the critic's own estimates. Under `torchrun`, each process measures
+# its own share of the batch, and the metrics are averages over the processes.
 #
 # *Question 6. What would an off-policy method do with the replay buffer that PPO must not do?*
 #
 # ---
 # ## 9. Evaluation
-# Here the untrained and trained policies play the test episodes. If an earlier policy did better
-# than the last one, its results are shown as well.
+# Here the untrained and trained policies play the test episodes. If the best policy tested during
+# training did better than the last one, its results are shown as well.
 
 # %% id="evaluation"
 evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
@@ -1392,14 +1377,31 @@ for key in evaluation["trained"]:
 # IPPO learns the task and then unlearns it. Its training reward falls as well, so it has not found
 # anything better. Something is teaching it to get worse.
 #
+# ### What a wrong value costs
+# V_i' stands in for everything that comes after a step, so an error in it enters the advantage.
+# Suppose that robot 1 moves. From then on, it is in another position, and its value there is too
+# high by 1. Each delta of Section 6 that contains one of these values changes, and the advantage of
+# the move adds up the changes:
+#
+# | delta of | changes by | weight in A_1 | adds to A_1 |
+# |---|---|---|---|
+# | the move | gamma = 0.99 | 1 | 0.990 |
+# | the next step | gamma - 1 = -0.01 | gamma lmbda = 0.891 | -0.009 |
+# | the one after that | gamma - 1 = -0.01 | (gamma lmbda)^2 = 0.794 | -0.008 |
+# | all steps | | | c = 0.91 |
+#
+# In the move, only V_1' is wrong. In later steps, V_1' and the baseline V_1 are both wrong and
+# nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage inherits
+# nine tenths of a lasting error**. Less remains if the episode succeeds soon after, because nothing
+# is bootstrapped then, and more if it is cut off.
+#
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
-# moves a little, it is rewarded for its progress, and its value V_1 changes. As Section 6 showed, a
-# lasting change in value is weighted by c. So at each point, the advantage favors the direction in
-# which progress plus c V_1 grows fastest. The next cell draws this direction at each point of a
-# grid, for a robot at rest. Thin green arrows point toward the goal of robot 1, and thick red ones
-# point away from it. Many of these situations are rare in training, so take the map as a rough
-# sketch.
+# moves a little, it is rewarded for its progress, and its value V_1 changes for good, so the change
+# is weighted by c. At each point, the advantage favors the direction in which progress plus c V_1
+# grows fastest. The next cell draws this direction at each point of a grid, for a robot at rest.
+# Thin green arrows point toward the goal of robot 1, and thick red ones point away from it. Many of
+# these situations are rare in training, so take the map as a rough sketch.
 #
 # Where do you expect red arrows, if any?
 
@@ -1489,8 +1491,8 @@ if sees_own_goal:
 # ```
 #
 # Under MAPPO, nearly all arrows point toward the goal. Under IPPO, red arrows surround the goal,
-# and there are many more of them after 15 iterations than after 10. They push the robots away.
-# IPPO's critic has turned the goal into a place to avoid.
+# and there are many more of them after 15 iterations than after 10. They push the robots away. On
+# this map, IPPO's critic has turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
 # All robots drive to their goals at the same time, and a local critic sees little beyond its own
@@ -1510,19 +1512,22 @@ if sees_own_goal:
 # ```
 #
 # The value of a centralized critic drops by what the robot has just earned. The value of a local
-# critic drops by *more than that*.
+# critic drops by *more than that*. Meanwhile, the two robots that waited share the reward, and
+# their local critics see no change, so each of them has an advantage of +1. Whoever drives is
+# punished, and whoever waits is rewarded.
 #
-# Then how does MAPPO learn from an advantage of 0? Its advantage is not quite 0, because its values
-# drop by less than 1. With discounting, a unit that would otherwise be earned T steps later counts
-# for only gamma^T in the value, and a policy that still fails in some episodes might never earn it.
+# Then how does MAPPO learn from an advantage of 0? Without discounting and with an exact critic,
+# *every* move would have an advantage of 0, because lost progress can be made up later. MAPPO's
+# values drop by less than 1, because a unit that would otherwise be earned T steps later counts for
+# only gamma^T, and a policy that still fails in some episodes might never earn it.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
 # waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
-# slope is above 1.1**. That holds if the slope is the same everywhere. If it grows toward the goal
-# as gamma^T does, the threshold is 1 / gamma, which is 1.01. The next cell measures the slope of
-# your critic on a new batch. It moves one robot in the critic's input and leaves its velocity and
-# lidar readings as they were, so the critic judges situations slightly different from any it has
-# seen.
+# slope is above 1 / c = 1.1**. That holds if the slope is the same everywhere. If it grows by a
+# factor of 1 / gamma with each step toward the goal, as gamma^T does, then the later deltas cancel
+# exactly, and the threshold is 1 / gamma = 1.01. The next cell measures the slope of your critic on
+# a new batch. It moves one robot in the critic's input and leaves its velocity and lidar readings
+# as they were, so the critic judges situations slightly different from any it has seen.
 
 
 # %% id="slope"
@@ -1576,51 +1581,56 @@ if sees_own_goal:
 # | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
-# At first, the slopes are small, because the critics have learned little. That is why the two
-# algorithms look alike at first. Discounting and failed episodes keep all slopes below those of
-# Section 4. In the last three rows, they reach only about two thirds of those values, so only in
-# the first row is the slope steep enough to do harm. On every seed, IPPO's slope passes 1.1 after
-# 11 or 12 iterations, and within two more, its test success rate has fallen to less than half of
-# its best. Success begins to fall a little earlier, probably because the measured slope is an
-# average, and the value is steeper near the goals. The explained variance rises all the while, from
-# 0.84 after 10 iterations to 0.95 after 15.
+# At first, the slopes are small, and the two algorithms look alike. Later, discounting and failed
+# episodes probably keep them below those of Section 4. Only in the first row does the slope pass
+# 1.1. On every seed, it does so after 11 or 12 iterations, and within two more, IPPO's success rate
+# in tests has fallen to less than half of its best. The explained variance rises all the while,
+# from 0.84 after 10 iterations to 0.95 after 15.
 #
-# Then IPPO's robots no longer arrive together, so rho and the slope fall again. From about
-# iteration 25, the reward recovers for a while, as you would expect, but the success rate has not
-# recovered by iteration 50.
+# Success begins to fall a little before the slope passes 1.1. The slope is an average over places,
+# and some places are ahead of it. In the runs with value normalization below, it was above 1.1 at a
+# third of the places when the average was 0.9. Later, IPPO's robots no longer arrive together, so
+# rho and the slope fall again. From about iteration 25, the reward recovers for a while, but the
+# success rate has not recovered by iteration 50. We do not know why.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the
 # others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a
 # robot's own move does not move the others. But V_i' is computed from o_i' alone, so bootstrapping
 # from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of critic give the
-# same gradient in expectation. But they assume a local critic that is exact and sees its agent's
-# whole *history*, which includes the step that the agent has just taken. Ours sees one observation
-# only.
+# same gradient in expectation, and that a centralized one adds variance. But they assume critics
+# that have converged and a local one that sees its agent's whole *history*, which includes the step
+# that the agent has just taken. Ours sees one observation only.
 #
 # ### When does a centralized critic pay off?
-# A centralized critic protects against this failure when three conditions hold: what an agent
-# cannot observe makes up much of its return, is *correlated* with what it observes, and lies within
-# the horizon, which is about 1 / (1 - gamma) steps. If you remove any one of them, a local critic
-# should no longer mislead its agent.
+# This failure has three conditions: what an agent cannot observe makes up much of its return, is
+# *correlated* with what it observes, and lies within the horizon, which is about 1 / (1 - gamma)
+# steps. A centralized critic removes the first one. If you remove any of them in another way, a
+# local critic should no longer mislead its agent. These are slopes and success rates after 15
+# iterations, averaged over ten seeds.
 #
-# | change | removes | IPPO | MAPPO |
-# |---|---|---|---|
-# | none | | 0.04 | 0.99 |
-# | the critic also sees the sum of the others' distances | the unobserved part | 0.99 | |
-# | individual rewards | its share of the return | 1.00 | 0.99 |
-# | gamma = 0.9 | the horizon | 1.00 | 0.99 |
+# | change | removes | IPPO's slope | IPPO | MAPPO |
+# |---|---|---|---|---|
+# | none | | 1.54 | 0.04 | 0.99 |
+# | the critic also sees the sum of the others' distances | what is unobserved | | 0.99 | |
+# | individual rewards | its share of the return | 0.65 | 1.00 | 0.99 |
+# | gamma = 0.9 | the horizon | | 1.00 | 0.99 |
+# | value normalization | nothing | 1.50 | 0.08 | |
+# | all goals equally far away | nothing, the correlation is higher | 1.79 | 0.01 | |
+# | a smaller square, in which robots cannot collide | nothing | 1.49 | 0.00 | |
+# | the same square, and only one robot drives at a time | the correlation | 0.57 | 1.00 | |
 #
-# These are success rates after 15 iterations, averaged over ten seeds. The first change adds a
-# single number to the local critic's input. The third also lowers c to 0.47. The correlation itself
-# is the one condition that these runs do not test. With `lmbda = 1`, the error cancels except where
-# the data is cut off, but then the advantages are so noisy that neither algorithm learns the task
-# in 15 iterations.
+# The last two rows are the strictest test. Reward, horizon and the end of an episode are the same
+# in both, but when robots take turns, the distance of one says next to nothing about the others.
+# That alone decides whether IPPO unlearns the task. Setting gamma to 0.9 also lowers c to 0.47, and
+# these runs cannot tell which of the two helps. With `lmbda = 1`, an error cancels except where the
+# data is cut off, but then the advantages are so noisy that neither algorithm learns the task in 15
+# iterations.
 #
-# Could this just be a bug in this file? TorchRL's own tutorial has the same hyperparameters, but
-# keeps PyTorch's initialization, does not normalize advantages, weights the value loss twice as
-# heavily and counts the time limit as a termination. It stops after 5 iterations. If you let it run
-# longer, its IPPO unlearns the task as well. This is its training reward, averaged over ten seeds:
+# Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
+# it run longer, its IPPO unlearns the task as well, although it differs in initialization,
+# normalization, the weight of the value loss and more. This is its training reward, averaged over
+# ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
@@ -1638,7 +1648,7 @@ if sees_own_goal:
 # | value normalization | no | running statistics of the returns |
 # | value loss | smooth L1 | Huber loss with delta 10, clipped value updates |
 # | advantages | lambda 0.9, normalized per agent | lambda 0.95, normalized over all agents |
-# | entropy coefficient | 0.0001 | 0.01 |
+# | entropy coefficient | 0.0001 | 0.01 to 0.015 |
 # | epochs per batch | 30 | 5 to 15, fewer in harder tasks |
 # | minibatches | 15 | mostly 1 |
 #

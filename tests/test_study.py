@@ -43,8 +43,8 @@ def rows_of(key, success=0.5, iterations=20):
     """Return the rows that a run leaves, as text."""
     columns = dict(zip(study.KEY, key, strict=True))
     columns |= {"script": "0", "iteration": [str(i) for i in range(iterations)]}
-    measured = ["rho", "slope", "near_slope", "predicted_slope", "test_collisions", *tables.BAND]
-    columns |= dict.fromkeys([*measured, tables.REWARD, tables.STEPS], "1.5")
+    measured = ["slope", "near_slope", "steep", "rho", "predicted_slope", "test_collisions"]
+    columns |= dict.fromkeys([*measured, *tables.BAND, tables.REWARD, tables.STEPS], "1.5")
     return pd.DataFrame(columns | {tables.SUCCESS: f"{success}"})
 
 

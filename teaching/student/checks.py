@@ -337,9 +337,9 @@ def advantage_of_progress(function):
         c = gamma * (1 - lmbda) / (1 - gamma * lmbda)
         mistakes = {
             "That is right for lmbda 0. With a larger lmbda, later deltas take part of the loss "
-            "back. Use c from Section 6.": 1 - gamma * slope,
+            "back. Use c from Section 10.": 1 - gamma * slope,
             "That counts the whole slope. How much of a lasting change of V' remains in the "
-            "advantage? Use c from Section 6.": 1 - slope,
+            "advantage? Use c from Section 10.": 1 - slope,
             "Coming closer *lowers* the value, so the slope counts against the reward.": 1
             + c * slope,
             "The reward for one unit of progress is 1.": -c * slope,

@@ -542,8 +542,8 @@ checks.two_robots(train)
 # %% [markdown] id="exercise_5b"
 # ## 5, continued: What turns a loss into a gain? (★★, 8 minutes)
 # **b)** A unit of progress earns a reward of 1 and lowers the value by the slope. What advantage
-# does it have over standing still? Use c from Section 6, because a robot that has come closer stays
-# closer.
+# does it have over standing still? Use c from Section 10, because a robot that has come closer
+# stays closer.
 
 
 # %% id="blank_5b"
