@@ -68,7 +68,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # With several agents, each agent's environment includes all the others. They learn too, so to each
 # agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits the
 # damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
-# recorded in it is far out of date.
+# recorded in it is badly out of date.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -215,9 +215,8 @@ def save_whole(path, write):
 # ## Engineering (skip this cell and go on to Section 2)
 # The next cell has nothing to do with the method. It turns the fields of `Config` into command-line
 # options, rejects invalid values, saves checkpoints and resumes from them, writes and logs the
-# metrics, and distributes the work under `torchrun`. It replaces `cfg`, `rank`, `world_size` and
-# `run` from the cells above and nothing else of the method, so training gives the same numbers
-# without it.
+# metrics, and distributes the work under `torchrun`. From the cells above, it replaces only `cfg`,
+# `rank`, `world_size` and `run`, so training gives the same numbers without it.
 
 # %% id="engineering" jupyter={"source_hidden": true}
 import argparse
@@ -302,7 +301,7 @@ def check_scenario(cfg):
     own = isinstance(name, type)
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
-    require(cfg, "scenario_options", not taken, f"without {taken}, which are no scenario options")
+    require(cfg, "scenario_options", not taken, f"free of {taken}, which are not scenario options")
     with warnings.catch_warnings():  # of unknown options or too little room are errors
         warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
         warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
@@ -342,7 +341,7 @@ def check(cfg):
     words = f"{' or '.join(devices)} (GPUs found: {gpus})"
     require(cfg, "device", cfg.device in devices, words)
     restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0") != "0"
-    words = "given if torchrun may restart processes, so that they find their run again"
+    words = "given if torchrun may restart processes, so that they can find their run"
     require(cfg, "run_folder", cfg.run_folder or not restarts, words)
     check_scenario(cfg)
 
@@ -361,11 +360,11 @@ def read_run(folder):
     except OSError as error:
         raise BadInput(f"{here} a folder that can be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        words = f"{here} the folder of a run. Its {path.name} is damaged or of another version"
+        words = f"{here} that of a run. Its {path.name} is damaged or from another version"
         raise BadInput(words) from error
     other = [name for name in names if not name.startswith(".")]
     if other and not saved:
-        raise BadInput(f"{here} new or empty, or else that of a run. It contains {other[0]}")
+        raise BadInput(f"{here} a new or empty folder, or that of a run. It has {other[0]}")
     return saved
 
 
@@ -374,7 +373,7 @@ def prepare_folder(cfg, folder, saved):
     if saved:
         require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
         done = len(saved["history"])
-        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, as many as are done")
+        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, the iterations done so far")
     if rank == 0:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -395,7 +394,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
         usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-        description="Each field is an option, with - in place of _. The values are defaults.",
+        description="Each field of Config is an option, with - in place of _, here with defaults.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -483,7 +482,7 @@ class SavedRun(Run):
             print(f"The learning rate was {last:.2g}. Training continues at {next_lr:.2g}.")
 
     def open_log(self):
-        """Open a log of its own for each start, in which the whole run will stand."""
+        """Open a separate log for each start. Each of them will contain the whole run."""
         if self.cfg.logger and rank == 0:
             name = f"{self.folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow logs to files here
@@ -845,10 +844,10 @@ with torch.no_grad():
 # individual reward. The next cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
-# - the *slope*, which is how much V_i rises per unit of x_i when the other numbers stay the same
+# - the *slope*, which is how much V_i changes per unit of x_i when the other numbers stay the same
 #
-# The true slope is 1 for both targets. Which critics will find it? Write down a guess for each of
-# the four rows before you run the cell.
+# The true slope is 1 for both targets. Which critics will find it? The cell prints four rows, one
+# for each target and each of rho = 0 and rho = 0.9. Write down a guess for each before you run it.
 
 
 # %% id="probe"
@@ -1058,9 +1057,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # of what this robot does.
 #
 # *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. An error
-# in the baseline shifts the advantages of all actions equally, so it averages out. An error in the
-# bootstrap value may depend on where the action led, so it does not average out, and the policy
-# learns from it. Section 10 shows what that can do.
+# in the baseline shifts the advantages of all actions in that step equally, so it averages out. An
+# error in the bootstrap value may depend on where the action led, so it does not average out, and
+# the policy learns from it. Section 10 shows what that can do.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1390,10 +1389,10 @@ for key in evaluation["trained"]:
 # | the one after that | gamma - 1 = -0.01 | (gamma lmbda)^2 = 0.794 | -0.008 |
 # | all steps | | | c = 0.91 |
 #
-# In the move, only V_1' is wrong. In later steps, V_1' and the baseline V_1 are both wrong and
-# nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage inherits
-# nine tenths of a lasting error**. Less remains if the episode succeeds soon after, because nothing
-# is bootstrapped then, and more if it is cut off.
+# In the delta of the move, only V_1' is wrong. In later deltas, V_1' and the baseline V_1 are both
+# wrong and nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage
+# inherits nine tenths of a lasting error**. Less remains if the episode succeeds soon afterward,
+# because then nothing is bootstrapped. More remains if it is cut off.
 #
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
@@ -1426,9 +1425,8 @@ def show(name, write):
 def arrow_map(robot=0, points=24):
     """Find the direction in which the advantage pushes a robot, for each place on a grid.
 
-    Returns a batch of points**2 environments that differ only in where the robot is, the places,
-    the directions, and the vectors from the goal to the robot, the last three of shape
-    (points**2, 2).
+    Returns a batch of points**2 environments, which differ only in where the robot is, and three
+    tensors of shape (points**2, 2): places, directions, and vectors from the goal to the robot.
     """
     scene = make_env(points**2, cfg.evaluation_seed)
     scene.reset()
@@ -1503,7 +1501,8 @@ if sees_own_goal:
 #
 # Take an extreme case, without discounting. So far, all three robots have always been nearly
 # equally far from their goals, so at a distance d, the team has 3d left to earn, and a local critic
-# has learned that V_i = 3d. Now one robot moves one unit closer while the others wait:
+# has learned that V_i = 3d. A centralized critic has learned the exact sum of the three distances.
+# Now one robot moves one unit closer while the others wait:
 #
 # ```
 #                             reward     change in value     advantage
@@ -1516,10 +1515,10 @@ if sees_own_goal:
 # their local critics see no change, so each of them has an advantage of +1. Whoever drives is
 # punished, and whoever waits is rewarded.
 #
-# Then how does MAPPO learn from an advantage of 0? Without discounting and with an exact critic,
-# *every* move would have an advantage of 0, because lost progress can be made up later. MAPPO's
-# values drop by less than 1, because a unit that would otherwise be earned T steps later counts for
-# only gamma^T, and a policy that still fails in some episodes might never earn it.
+# Then how does MAPPO learn from an advantage of 0? Without discounting, failures and contacts, an
+# exact critic would give *every* move an advantage of 0, because lost progress can be made up
+# later. MAPPO's values drop by less than 1, because a unit that would otherwise be earned T steps
+# later counts for only gamma^T, and a policy that still fails in some episodes might never earn it.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
 # waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
@@ -1574,58 +1573,60 @@ if sees_own_goal:
 # slopes of trained critics, averaged over ten seeds. In the first row, rho is the correlation of
 # the robots' distances to their goals in the batches of IPPO's tenth iteration.
 #
-# | critic | reward | Section 4 | after 10 iterations | after 15 | 1 - c s | success |
+# | critic | reward | Section 4 | s after 10 iterations | s after 15 | 1 - c s after 15 | success after 15 |
 # |---|---|---|---|---|---|---|
 # | local | shared | 1 + 2 rho = 1.8 | 0.88 | 1.54 | -0.40 | 0.04 |
 # | local | individual | 1 | 0.45 | 0.65 | 0.41 | 1.00 |
 # | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
-# At first, the slopes are small, and the two algorithms look alike. Later, discounting and failed
-# episodes probably keep them below those of Section 4. Only in the first row does the slope pass
-# 1.1. On every seed, it does so after 11 or 12 iterations, and within two more, IPPO's success rate
-# in tests has fallen to less than half of its best. The explained variance rises all the while,
-# from 0.84 after 10 iterations to 0.95 after 15.
+# At first, the slopes are small, and the two algorithms look alike. They grow from iteration 10 to
+# 15, but stay below those of Section 4, probably because of discounting, failures in training, and
+# critics that are still learning. Only in the first row does the slope pass 1.1. On every seed, it
+# does so after 11 or 12 iterations, and within two more, IPPO's success rate in tests has fallen to
+# less than half of its best. The explained variance rises all the while, from 0.84 after 10
+# iterations to 0.95 after 15.
 #
-# Success begins to fall a little before the slope passes 1.1. The slope is an average over places,
-# and some places are ahead of it. In the runs with value normalization below, it was above 1.1 at a
-# third of the places when the average was 0.9. Later, IPPO's robots no longer arrive together, so
-# rho and the slope fall again. From about iteration 25, the reward recovers for a while, but the
-# success rate has not recovered by iteration 50. We do not know why.
+# Success begins to fall a little before the slope passes 1.1. The measured slope is an average over
+# places, and at some of them the value is steeper. In the runs with value normalization, which are
+# listed below, the slope was above 1.1 at a third of the places when the average was 0.9. Later,
+# IPPO's robots no longer arrive together, so rho and the slope fall again. From about iteration 25,
+# the reward recovers for a while, but the success rate has not recovered by iteration 50. We do not
+# know why.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the
 # others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a
 # robot's own move does not move the others. But V_i' is computed from o_i' alone, so bootstrapping
 # from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of critic give the
-# same gradient in expectation, and that a centralized one adds variance. But they assume critics
-# that have converged and a local one that sees its agent's whole *history*, which includes the step
-# that the agent has just taken. Ours sees one observation only.
+# same gradient in expectation, and that a centralized one can add variance. But they assume
+# converged critics of observations and actions, and a local one that sees its agent's whole
+# *history*, which includes the step that the agent has just taken. Ours sees one observation only.
 #
 # ### When does a centralized critic pay off?
-# This failure has three conditions: what an agent cannot observe makes up much of its return, is
-# *correlated* with what it observes, and lies within the horizon, which is about 1 / (1 - gamma)
-# steps. A centralized critic removes the first one. If you remove any of them in another way, a
-# local critic should no longer mislead its agent. These are slopes and success rates after 15
-# iterations, averaged over ten seeds.
+# This failure requires three conditions: what the critic cannot see makes up much of the return, is
+# positively *correlated* with what it sees, and lies within the horizon, which is about 1 / (1 -
+# gamma) steps. A centralized critic removes the first one. If you remove any of them in another
+# way, a local critic should no longer mislead its agent. These are slopes and success rates after
+# 15 iterations, averaged over ten seeds.
 #
 # | change | removes | IPPO's slope | IPPO | MAPPO |
 # |---|---|---|---|---|
 # | none | | 1.54 | 0.04 | 0.99 |
-# | the critic also sees the sum of the others' distances | what is unobserved | | 0.99 | |
+# | the critic also sees the sum of the others' distances | what the critic cannot see | | 0.99 | |
 # | individual rewards | its share of the return | 0.65 | 1.00 | 0.99 |
 # | gamma = 0.9 | the horizon | | 1.00 | 0.99 |
 # | value normalization | nothing | 1.50 | 0.08 | |
-# | all goals equally far away | nothing, the correlation is higher | 1.79 | 0.01 | |
+# | all goals equally far away | nothing; the correlation is even higher | 1.79 | 0.01 | |
 # | a smaller square, in which robots cannot collide | nothing | 1.49 | 0.00 | |
 # | the same square, and only one robot drives at a time | the correlation | 0.57 | 1.00 | |
 #
 # The last two rows are the strictest test. Reward, horizon and the end of an episode are the same
 # in both, but when robots take turns, the distance of one says next to nothing about the others.
-# That alone decides whether IPPO unlearns the task. Setting gamma to 0.9 also lowers c to 0.47, and
-# these runs cannot tell which of the two helps. With `lmbda = 1`, an error cancels except where the
-# data is cut off, but then the advantages are so noisy that neither algorithm learns the task in 15
-# iterations.
+# Then IPPO does not unlearn the task, which points to the correlation as the cause. Setting gamma
+# to 0.9 not only shortens the horizon but also lowers c to 0.47, and these runs cannot tell us
+# which of the two changes helps. With `lmbda = 1`, an error cancels except where the data is cut
+# off, but then the advantages are so noisy that neither algorithm learns the task in 15 iterations.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
 # it run longer, its IPPO unlearns the task as well, although it differs in initialization,

@@ -125,7 +125,7 @@ def draw_arrow_maps():
             for iterations in columns:
                 axes = next(panels)
                 away = kit.draw_arrow_map(axes, kit.load_trained(algorithm, iterations))
-                title = f"{BOTH[algorithm][2]}, {iterations} iterations: {away:.0%} lead away"
+                title = f"{BOTH[algorithm][2]}, {iterations} iterations: {away:.0%} point away"
                 axes.set_title(title, fontsize=14)
         figure.suptitle(caption, fontsize=14)
         save(name, figure, dpi)

@@ -27,8 +27,8 @@ you flip one flag. There are four ways to start:
     python train_mappo.py --run-folder runs/mine  start a run there; the same command resumes it
     torchrun --nproc-per-node 2 train_mappo.py    one policy, trained by two processes
 
-To use it as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into a new
-notebook.
+To use this file as a notebook, open it with jupytext, VS Code or PyCharm, or paste its cells into a
+new notebook.
 """
 
 import copy
@@ -68,7 +68,7 @@ class Config:
 
     scenario_name: str | type = "navigation"  # a VMAS scenario, or your own scenario class
     scenario_options: dict = field(default_factory=dict)  # such as {"shared_rew": False}
-    n_agents: int = 3  # team size; some scenarios allow only one
+    n_agents: int = 3  # team size; fixed in some scenarios
     max_steps: int = 100  # time limit of an episode
 
     frames_per_batch: int = 6000  # frames collected per iteration
@@ -99,14 +99,15 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # a full episode from each fits in a batch
+        return self.frames_per_batch // self.max_steps  # one full episode each per batch
 
 
 cfg = Config()
 
 # %%
 rank, world_size = 0, 1  # the index of this process, and how many there are
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}  # these do not affect learning
+# These do not affect learning, except for n_iters if the learning rate is annealed.
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
 BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
@@ -132,6 +133,7 @@ run = Run()
 def save_whole(path, write):
     """Write a file atomically. `write` receives a binary file; only process 0 writes."""
     if rank == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_name(f".unfinished-{path.name}")
         try:
             with open(unfinished, "wb") as file:
@@ -310,7 +312,7 @@ optimizer = torch.optim.Adam(policy.parameters(), lr=cfg.lr, fused=True)
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
 scenario = getattr(cfg.scenario_name, "__name__", cfg.scenario_name)
 run_name = f"{algorithm.lower()}-{scenario}-seed{cfg.seed}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-folder = Path(cfg.run_folder or f"runs/{run_name}").expanduser()
+folder = Path(os.path.expanduser(cfg.run_folder or f"runs/{run_name}"))
 history = []  # a dictionary of metrics for each iteration
 best_policy = copy.deepcopy(policy)
 learner = {"policy": policy, "critic": critic, "optimizer": optimizer, "best_policy": best_policy}
@@ -326,7 +328,7 @@ def measure(data):
 
     `data` is a TensorDict of shape (environments, steps). Rewards are summed over an episode and
     averaged over agents. A collision is a step in which an agent touches another agent, counted
-    per agent. Navigation reports them only if they are penalized.
+    per agent. Navigation reports collisions only if they are penalized.
     """
     done = data["next", "done"].squeeze(-1)  # (environments, steps)
     first = done.cumsum(1) - done.int() == 0  # True up to the first done
@@ -389,7 +391,7 @@ for iteration in progress:
     row = {"iteration": iteration, "frames": (iteration + 1) * cfg.frames_per_batch}
     row |= measure(batch)
     row |= {name: losses[name].item() for name in update_metrics}
-    unexplained = frames["advantage"].var() / frames["value_target"].var()
+    unexplained = frames["advantage"].var() / frames["value_target"].var()  # target minus value
     row["explained_variance"] = 1 - unexplained.item()
     row["advantage_std"] = frames["advantage"].std().item()
     row["seconds"] = time.perf_counter() - start
