@@ -112,7 +112,7 @@ def draw_arrow_maps():
     """Draw four arrow maps on one page, and those after 15 iterations on another."""
     caption = (
         "Where does the advantage push robot 1? Pale disc: its goal\n"
-        "thin green: towards the goal, thick red: away from it"
+        "thin green: toward the goal, thick red: away from it"
     )
     for name, columns, size, dpi in (
         ("arrow-maps", (10, 15), (9.6, 10.4), 90),

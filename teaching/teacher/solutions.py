@@ -163,7 +163,7 @@ checks.look(prediction)
 
 # %% [markdown] id="exercise_4_maps"
 # Now look at what the two critics teach. The lesson's arrow map shows in which direction the
-# advantage pushes robot 1 at each place. Thin green arrows lead towards its goal, thick red ones
+# advantage pushes robot 1 at each place. Thin green arrows point toward its goal, thick red ones
 # away from it. Which map belongs to the policy that surprised you?
 
 # %% id="maps_4"
