@@ -447,3 +447,30 @@ def test_the_tutorial_is_changed_in_four_places_or_refused():
     assert "manual_seed(3)" in changed and "seed=3," in changed
     with pytest.raises(ValueError, match="'n_iters = 5' once"):
         torchrl_tutorial.patched(source.replace("n_iters = 5", "n_iters = 6"), "IPPO", 3)
+
+
+CHANGES = {  # rows of the table of changes in Section 10, and the experiments they come from
+    "none": "defaults",
+    "individual rewards": "individual",
+    "value normalization": "value-norm",
+    "all goals equally far away": "equal",
+    "a smaller square, in which robots cannot collide": "close",
+    "the same square, and only one robot drives at a time": "turns",
+}
+
+
+@pytest.mark.parametrize("label", CHANGES)
+def test_section_10_quotes_the_means_of_ten_seeds(label):
+    """After 15 iterations: IPPO's slope and the success rates in tests."""
+    lines = SCRIPT.read_text("utf-8").splitlines()
+    [line] = [line for line in lines if line.startswith(f"# | {label} | ")]
+    slope, ippo, mappo = [cell.strip() for cell in line.split("|")[3:6]]
+    rows = tables.read(tables.RESULTS)
+    rows = rows[(rows["experiment"] == CHANGES[label]) & (rows["iteration"] == 14)]
+    for algorithm, column, quoted in (
+        ("IPPO", "slope", slope),
+        ("IPPO", "test_success_rate", ippo),
+        ("MAPPO", "test_success_rate", mappo),
+    ):
+        found = rows[rows["algorithm"] == algorithm][column]
+        assert not quoted or (len(found) == 10 and f"{found.mean():.2f}" == quoted)
