@@ -1588,11 +1588,10 @@ if sees_own_goal:
 # iterations to 0.95 after 15.
 #
 # Success begins to fall a little before the slope passes 1.1. The measured slope is an average over
-# places, and at some of them the value is steeper. In the runs with value normalization, which are
-# listed below, the slope was above 1.1 at a third of the places when the average was 0.9. Later,
-# IPPO's robots no longer arrive together, so rho and the slope fall again. From about iteration 25,
-# the reward recovers for a while, but the success rate has not recovered by iteration 50. We do not
-# know why.
+# places, and at some of them the value is steeper. After ten iterations, it was already above 1.1
+# at nearly a third of the places. Later, IPPO's robots no longer arrive together, so rho and the
+# slope fall again. From about iteration 25, the reward recovers for a while, but the success rate
+# has not recovered by iteration 50. We do not know why.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state. How much the team will still earn depends on where the

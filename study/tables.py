@@ -151,22 +151,32 @@ def course(rows, experiment, stops, columns):
     return markdown(["iterations", *head], lines)
 
 
-def fall(rows, experiment):
-    """Show for each seed of IPPO when its slope passes the limit, and when its success falls."""
-    runs = rows[(rows["experiment"] == experiment) & (rows["algorithm"] == "IPPO")]
+def fall(rows, labels):
+    """Show for each seed of IPPO when its slopes pass 1.1, and when its success falls.
+
+    `labels` are {label: experiment} of two, the second of which are the first iterations of the
+    same runs, with `near_slope` and `steep` measured as well.
+    """
+    runs, more = (
+        rows[(rows["experiment"] == name) & (rows["algorithm"] == "IPPO")].set_index("after")
+        for name in labels.values()
+    )
     lines = []
 
     def first(condition):
-        return condition.idxmax() if condition.any() else "never"
+        return condition.idxmax() if condition.any() else "never" if len(condition) else ""
 
-    for seed, run in runs.set_index("after").groupby("seed"):
-        success, slope = run[SUCCESS], run["slope"]
+    for seed, run in runs.groupby("seed"):
+        measured = more[more["seed"] == seed]
+        success, slope, near = run[SUCCESS], run["slope"], measured["near_slope"]
         best = success.idxmax()
-        passed = [first(slope > limit) for limit in (1.0, 1.1)]
+        there = [x.get(best, float("nan")) for x in (success, slope, near, measured["steep"])]
+        passed = [first(x > 1.1) for x in (slope, near)]
         half = first(success[best:] < success[best] / 2)
-        lines.append([seed, best, f"{success[best]:.2f}", f"{slope[best]:.2f}", *passed, half])
-    head = ["seed", "best success after", "success", "slope there"]
-    return markdown([*head, "slope above 1.0", "above 1.1", "success below half"], lines)
+        lines.append([seed, best, *(f"{x:.2f}" if x == x else "" for x in there), *passed, half])
+    head = ["seed", "best success after", "success", "slope there", "near slope", "steep"]
+    head += ["slope above 1.1", "near slope above 1.1", "success below half"]
+    return markdown(head, lines)
 
 
 def band(rows, experiment):
@@ -298,7 +308,7 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
             },
         },
     ),
-    "fall": (fall, {"experiment": "defaults"}),
+    "fall": (fall, {"labels": {"runs": "defaults", "again": "near"}}),
     "band": (band, {"experiment": "defaults"}),
 }
 OLD = {  # tables of archive.csv
