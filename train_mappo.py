@@ -1570,10 +1570,11 @@ if sees_own_goal:
 # ```
 #
 # Section 4 gives a slope for every combination of critic and reward. Here they are next to the
-# slopes of trained critics, averaged over ten seeds. In the first row, rho is the correlation of
-# the robots' distances to their goals in the batches of IPPO's tenth iteration.
+# slopes of trained critics, averaged over ten seeds. The last two columns are those after 15
+# iterations. In the first row, rho is the correlation of the robots' distances to their goals in
+# the batches of IPPO's tenth iteration.
 #
-# | critic | reward | Section 4 | s after 10 iterations | s after 15 | 1 - c s after 15 | success after 15 |
+# | critic | reward | Section 4 | s after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
 # | local | shared | 1 + 2 rho = 1.8 | 0.88 | 1.54 | -0.40 | 0.04 |
 # | local | individual | 1 | 0.45 | 0.65 | 0.41 | 1.00 |
