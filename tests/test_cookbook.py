@@ -17,6 +17,7 @@ from cells import REPOSITORY, SCRIPT, SLOW, read_cells, run_cells, run_inside, w
 from conftest import TINY, assert_same, load, options, without_seconds
 
 COOKBOOK = REPOSITORY / "cookbook"
+paste = runpy.run_path(str(COOKBOOK / "paste.py"))["paste"]
 RECIPES = sorted({path.stem for path in COOKBOOK.glob("*.py")} - {"paste"})
 PROGRAMS = ["play_policy", "several_seeds", "use_policy"]  # the others are cells
 CELLS = [name for name in RECIPES if name not in PROGRAMS]
@@ -33,7 +34,7 @@ def places(recipe):
 
 def paste_into(path, *recipes, edits=()):
     """Paste recipes into the file at `path` as readers do, pieces of them replaced: {old: new}."""
-    paste, text = runpy.run_path(str(COOKBOOK / "paste.py"))["paste"], path.read_text("utf-8")
+    text = path.read_text("utf-8")
     for recipe in recipes:
         changed = (COOKBOOK / f"{recipe}.py").read_text("utf-8")
         for old, new in dict(edits).items():
@@ -135,7 +136,6 @@ def test_a_recipe_is_short(recipe):
 
 def test_paste():
     """Cells go before, after or in place of others; all the rest stays as it is."""
-    paste = runpy.run_path(str(COOKBOOK / "paste.py"))["paste"]
     one, two, three, four = (f'# %% id="{name}"\n{name}\n\n' for name in ("a", "ab", "b", "c"))
     recipe = '"""Text."""\n# %% replaces="ab, b"\nnew\n# %% before="a"\n1\n# %% after="a"\n2\n'
     expected = ['head\n# %% before="a"\n1\n', one, '# %% after="a"\n2\n', '# %% id="ab"\nnew\n']
