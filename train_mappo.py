@@ -1499,34 +1499,33 @@ if sees_own_goal:
 # Section 4. So a low value near the goal is a good prediction, but it is the wrong way to judge one
 # robot's move, because the others get no closer when that robot moves.
 #
-# Take an extreme case, without discounting. So far, all three robots have always been nearly
-# equally far from their goals, so at a distance d, the team has 3d left to earn, and a local critic
-# has learned that V_i = 3d. A centralized critic has learned the exact sum of the three distances.
-# Now one robot moves one unit closer while the others wait:
+# Take an extreme case. So far, all three robots have always been about equally far from their
+# goals. At a distance d, the team has 3d left to earn, apart from discounting, so a local critic
+# has learned V_i = 3d, while a centralized critic has learned the sum of the three distances. Now
+# robot 1 moves one unit closer to its goal while the others wait. Its reward is shared, and each
+# advantage is the reward plus c times the change in value:
 #
 # ```
-#                             reward     change in value     advantage
-#     centralized critic        +1             -1                0
-#     local critic              +1             -3               -2
+#                               reward    change in value     advantage
+#     centralized critic          +1            -1         1 - 0.91 =  0.09
+#     local critic, robot 1       +1            -3         1 - 2.73 = -1.73
+#     local critic, the others    +1             0                     1.00
 # ```
 #
-# The value of a centralized critic drops by what the robot has just earned. The value of a local
-# critic drops by *more than that*. Meanwhile, the two robots that waited share the reward, and
-# their local critics see no change, so each of them has an advantage of +1. Whoever drives is
-# punished, and whoever waits is rewarded.
+# The centralized critic's value drops by what has just been earned. Robot 1's own critic lowers its
+# value by *more than that*, as if all three had moved. Whoever drives is punished, and whoever
+# waits is rewarded.
 #
-# Then how does MAPPO learn from an advantage of 0? Without discounting, failures and contacts, an
-# exact critic would give *every* move an advantage of 0, because lost progress can be made up
-# later. MAPPO's values drop by less than 1, because a unit that would otherwise be earned T steps
-# later counts for only gamma^T, and a policy that still fails in some episodes might never earn it.
+# The *slope* s is how much V_i drops per unit of progress when only robot i moves, which is 1 and 3
+# in this example. Compared with waiting, progress changes the advantage by 1 - c s, so **progress
+# looks like a loss if the slope is above 1 / c = 1.1**. This assumes that the slope is the same
+# everywhere. If it grows by a factor of 1 / gamma with each step toward the goal, the later deltas
+# cancel exactly, and the threshold is 1 / gamma = 1.01. An exact critic stays below both, because a
+# unit that would be earned anyway, T steps later, counts for only gamma^T.
 #
-# The *slope* s is how much V_i drops per unit of progress when only robot i moves. Compared with
-# waiting, progress then changes the advantage by 1 - c s, so **progress looks like a loss if the
-# slope is above 1 / c = 1.1**. That holds if the slope is the same everywhere. If it grows by a
-# factor of 1 / gamma with each step toward the goal, as gamma^T does, then the later deltas cancel
-# exactly, and the threshold is 1 / gamma = 1.01. The next cell measures the slope of your critic on
-# a new batch. It moves one robot in the critic's input and leaves its velocity and lidar readings
-# as they were, so the critic judges situations slightly different from any it has seen.
+# The next cell measures the slope of your critic on a new batch. It moves one robot in the critic's
+# input and leaves its velocity and lidar readings as they were, so the critic judges situations
+# slightly different from any it has seen.
 
 
 # %% id="slope"
@@ -1581,27 +1580,25 @@ if sees_own_goal:
 # | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
-# At first, the slopes are small, and the two algorithms look alike. They grow from iteration 10 to
-# 15, but stay below those of Section 4, probably because of discounting, failures in training, and
-# critics that are still learning. Only in the first row does the slope pass 1.1. On every seed, it
-# does so after 11 or 12 iterations, and within two more, IPPO's success rate in tests has fallen to
-# less than half of its best. The explained variance rises all the while, from 0.84 after 10
-# iterations to 0.95 after 15.
+# All slopes grow from iteration 10 to 15, but stay below those of Section 4, probably because of
+# discounting, failures in training, and critics that are still learning. Only in the first row does
+# the slope pass 1.1. On every seed, it does so after 11 or 12 iterations, and within two more,
+# IPPO's success rate in tests has fallen to less than half of its best. The explained variance
+# rises all the while.
 #
-# Success begins to fall a little before the slope passes 1.1. The measured slope is an average over
-# places, and at some of them the value is steeper. After ten iterations, it was already above 1.1
-# at nearly a third of the places. Later, IPPO's robots no longer arrive together, so rho and the
-# slope fall again. From about iteration 25, the reward recovers for a while, but the success rate
-# has not recovered by iteration 50. We do not know why.
+# Not everything fits. Success begins to fall a little before the mean slope passes 1.1, when the
+# slope is above 1.1 at about a third of the places. Later, IPPO's robots no longer arrive together,
+# so rho and the slope fall again, and the reward recovers for a while. But the success rate has not
+# recovered by iteration 50, and we do not know why.
 #
 # ### What theory says
-# The observation o_i' is not a Markov state. How much the team will still earn depends on where the
-# others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, because a
-# robot's own move does not move the others. But V_i' is computed from o_i' alone, so bootstrapping
-# from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of critic give the
-# same gradient in expectation, and that a centralized one can add variance. But they assume
-# converged critics of observations and actions, and a local one that sees its agent's whole
-# *history*, which includes the step that the agent has just taken. Ours sees one observation only.
+# The observation o_i' is not a Markov state, because how much the team will still earn depends on
+# where the others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, since
+# a robot's own move does not move the others. But V_i' is computed from o_i' alone, so
+# bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of
+# critic give the same gradient in expectation. But they assume converged critics of observations
+# and actions, and a local one that sees its agent's whole *history*, which includes the step just
+# taken.
 #
 # ### When does a centralized critic pay off?
 # This failure requires three conditions: what the critic cannot see makes up much of the return, is
@@ -1623,10 +1620,7 @@ if sees_own_goal:
 #
 # The last two rows are the strictest test. Reward, horizon and the end of an episode are the same
 # in both, but when robots take turns, the distance of one says next to nothing about the others.
-# Then IPPO does not unlearn the task, which points to the correlation as the cause. Setting gamma
-# to 0.9 not only shortens the horizon but also lowers c to 0.47, and these runs cannot tell us
-# which of the two changes helps. With `lmbda = 1`, an error cancels except where the data is cut
-# off, but then the advantages are so noisy that neither algorithm learns the task in 15 iterations.
+# Then IPPO does not unlearn the task, which points to the correlation as the cause.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
 # it run longer, its IPPO unlearns the task as well, although it differs in initialization,
@@ -1639,19 +1633,7 @@ if sees_own_goal:
 # | IPPO | 1.70 | 2.86 | 1.65 |
 #
 # All this rests on one task and its variants. The IPPO and MAPPO papers find IPPO competitive on
-# many others. Before you compare your numbers with theirs, note what differs:
-#
-# | | this file | Yu et al. (2022) |
-# |---|---|---|
-# | tasks | navigation | StarCraft, Hanabi, football, particle worlds |
-# | critic's input | concatenated observations | the same, or a global state with agent features |
-# | networks | feedforward | often recurrent |
-# | value normalization | no | running statistics of the returns |
-# | value loss | smooth L1 | Huber loss with delta 10, clipped value updates |
-# | advantages | lambda 0.9, normalized per agent | lambda 0.95, normalized over all agents |
-# | entropy coefficient | 0.0001 | 0.01 to 0.015 |
-# | epochs per batch | 30 | 5 to 15, fewer in harder tasks |
-# | minibatches | 15 | mostly 1 |
+# many others.
 #
 # ---
 # ## 11. Files and pictures

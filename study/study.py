@@ -11,7 +11,6 @@ the metrics.csv that it leaves. A study that was stopped or killed goes on with 
 import argparse
 import hashlib
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -22,16 +21,17 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import NamedTuple
 
-import jupytext
 import pandas as pd
 from tqdm import tqdm
 
 import tables
 from tables import ARCHIVE, KEY, RESULTS, STUDY
 
+sys.path.append(str(STUDY.parent / "cookbook"))
+from paste import COOKBOOK, paste, split  # noqa: E402
+
 SCRIPT = STUDY.parent / "train_mappo.py"
 VARIANTS = STUDY / "variants.py"
-COOKBOOK = STUDY.parent / "cookbook"
 README = STUDY / "README.md"
 
 
@@ -105,44 +105,33 @@ PLAN = [
 # -------------------------------------------------------------------------------------- running
 
 
-def cells_of(name):
-    """Return the cells with a title in variants.py, or those of a recipe such as "agent_ids".
+def recipe(name):
+    """Return the text of a recipe such as "agent_ids", or of the variant with this title.
 
-    Raises a ValueError if there are none.
+    Raises a ValueError if there is neither.
     """
-    recipe = COOKBOOK / f"{name}.py"
-    cells = jupytext.read(recipe if recipe.exists() else VARIANTS, fmt="py:percent").cells
-    if recipe.exists():
-        chosen = [cell for cell in cells if {"replaces", "before"} & cell.metadata.keys()]
-    else:
-        chosen = [cell for cell in cells if cell.metadata.get("title") == name]
-    if not chosen:
-        raise ValueError(f"there is no variant {name!r}")
-    return chosen
+    path = COOKBOOK / f"{name}.py"
+    if path.exists():
+        return path.read_text("utf-8")
+    start = f"# %% {name} before="
+    for cell in split(VARIANTS.read_text("utf-8")):
+        if cell.startswith(start):
+            return "\n" + cell.replace(start, "# %% before=")
+    raise ValueError(f"there is no variant {name!r}")
 
 
 def with_variant(source, variant):
     """Return train_mappo.py up to its training loop, with the cells of `variant` ("a + b") in it.
 
-    Raises a ValueError if there is no such variant, or not exactly one cell with an id it names.
+    Raises a ValueError if there is no such variant, or no cell with an id that it names.
     """
-    notebook = jupytext.reads(source, fmt="py:percent")
-
-    def place_of(name):
-        places = [i for i, cell in enumerate(notebook.cells) if cell.metadata.get("id") == name]
-        if len(places) != 1:
-            raise ValueError(f"{len(places)} cells have the id {name!r}, but must be one")
-        return places[0]
-
-    del notebook.cells[place_of("loop") + 1 :], notebook.cells[place_of("probe")]
+    cells = split(source)
+    ids = [cell.partition("\n")[0] for cell in cells]
+    cells = cells[: ids.index('# %% id="loop"') + 1]
+    text = "".join(cell for cell in cells if not cell.startswith('# %% id="probe"'))
     for name in filter(None, variant.split(" + ")):
-        for cell in cells_of(name):
-            replaced = re.findall(r"\w+", cell.metadata.get("replaces", ""))
-            [place, *_] = replaced or [cell.metadata["before"]]
-            notebook.cells.insert(place_of(place), cell)
-            for left_out in replaced:
-                del notebook.cells[place_of(left_out)]
-    return jupytext.writes(notebook, fmt="py:percent")
+        text = paste(text, recipe(name))
+    return text
 
 
 def git_blob(content):
