@@ -65,9 +65,9 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # **Which one fails, and why?** Write down your guess. At the end of this file, you will see the
 # answer in a picture of what your own critic has learned.
 #
-# With several agents, each agent's environment includes all the others. They learn too, so to each
-# agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits the
-# damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
+# With several agents, each agent's environment includes all the other agents. They learn too, so to
+# each agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits
+# the damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
 # recorded in it is badly out of date.
 #
 # The two algorithms differ in what the critic sees:
@@ -113,7 +113,8 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # ## 1. Hyperparameters
 # Every setting is a field of `Config`. Change the defaults here, or override them on the command
 # line, for example with `--n-iters 20`. To add a setting of your own, add a line with its name,
-# type and default, or a property like the one at the end if its value follows from others.
+# type and default or, if its value is computed from other settings, a property like the one at the
+# end.
 
 
 # %% id="config"
@@ -156,7 +157,7 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # one full episode each per batch
+        return self.frames_per_batch // self.max_steps  # each plays one full episode per batch
 
 
 cfg = Config()
@@ -171,7 +172,7 @@ cfg = Config()
 
 # %% id="placeholders"
 rank, world_size = 0, 1  # the index of this process, and how many there are
-# These do not affect learning, except for n_iters if the learning rate is annealed.
+# These settings do not affect learning, except n_iters when the learning rate is annealed.
 BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
 BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
@@ -215,8 +216,8 @@ def save_whole(path, write):
 # ## Engineering (skip this cell and go on to Section 2)
 # The next cell has nothing to do with the method. It turns the fields of `Config` into command-line
 # options, rejects invalid values, saves checkpoints and resumes from them, writes and logs the
-# metrics, and distributes the work under `torchrun`. From the cells above, it replaces only `cfg`,
-# `rank`, `world_size` and `run`, so training gives the same numbers without it.
+# metrics, and distributes the work under `torchrun`. Of everything defined above, it replaces only
+# `cfg`, `rank`, `world_size` and `run`, so training gives the same numbers without it.
 
 # %% id="engineering" jupyter={"source_hidden": true}
 import argparse
@@ -236,12 +237,12 @@ from torchrl.record.loggers import get_logger
 
 COUNTS = ["n_agents", "max_steps", "frames_per_batch", "n_iters", "num_epochs", "minibatch_size"]
 COUNTS += ["depth", "num_cells", "evaluation_interval", "evaluation_episodes"]
-RANGES = [  # settings, what they must be, and the test for it
+RANGES = [  # settings, what they must be, and the test for that
     (COUNTS, "a whole number from 1 to a billion", lambda x: 1 <= x <= 10**9),
     (["seed", "evaluation_seed"], "a whole number from 0 to 2**32 - 1", lambda x: 0 <= x < 2**32),
     (["lr", "max_grad_norm", "critic_coeff"], "a number above 0", lambda x: 0 < x < math.inf),
     (["gamma", "lmbda"], "a number from 0 to 1", lambda x: 0 <= x <= 1),
-    (["clip_epsilon"], "a number between 0 and 1", lambda x: 0 < x < 1),
+    (["clip_epsilon"], "a number above 0 and below 1", lambda x: 0 < x < 1),
     (["entropy_eps"], "0 or a positive number", lambda x: 0 <= x < math.inf),
 ]
 # The loggers, and the packages that each of them needs.
@@ -291,7 +292,8 @@ def check_values(cfg):
         require(cfg, one.name, right and fits(value), words)
     require(cfg, "logger", cfg.logger in LOGGERS, f"one of {[*LOGGERS]}")
     missing = [name for name in LOGGERS[cfg.logger] if importlib.util.find_spec(name) is None]
-    require(cfg, "logger", not missing, f"installed first: pip install {' '.join(missing)}")
+    words = f"one whose packages are installed: pip install {' '.join(missing)}"
+    require(cfg, "logger", not missing, words)
     record_of(cfg)
 
 
@@ -301,8 +303,9 @@ def check_scenario(cfg):
     own = isinstance(name, type)
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
-    require(cfg, "scenario_options", not taken, f"free of {taken}, which are not scenario options")
-    with warnings.catch_warnings():  # of unknown options or too little room are errors
+    words = f"without {', '.join(taken)}, which other settings decide"
+    require(cfg, "scenario_options", not taken, words)
+    with warnings.catch_warnings():  # about unknown options and too little room are errors
         warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
         warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
         try:
@@ -314,13 +317,14 @@ def check_scenario(cfg):
             )
         except Exception as error:
             if own and not isinstance(error, UserWarning):
-                raise  # a mistake in the reader's own class keeps its traceback
+                raise  # a mistake in your own class keeps its traceback
             raise BadInput(
                 f"scenario_name is {name!r}, but VMAS cannot build it with n_agents = "
                 f"{cfg.n_agents} and scenario_options = {options}. {error}"
             ) from error
     one_team = len(trial.group_map) == 1 and not trial.het_specs
-    words = f"a scenario with a single team of identical agents, not {', '.join(trial.agent_names)}"
+    names = ", ".join(trial.agent_names)
+    words = f"a scenario with a single team of identical agents. This one has {names}"
     require(cfg, "scenario_name", one_team, words)
     fits = trial.n_agents == cfg.n_agents
     require(cfg, "n_agents", fits, f"{trial.n_agents}, the size of this scenario's team")
@@ -333,7 +337,7 @@ def check(cfg):
     words = f"a multiple of {steps}, which is max_steps times the number of processes"
     require(cfg, "frames_per_batch", frames % steps == 0, words)
     fits = frames % minibatch == 0 and minibatch % world_size == 0 and minibatch >= 2 * world_size
-    words = f"a divisor of frames_per_batch ({frames}) that gives each process 2 or more frames"
+    words = f"a divisor of {frames}, of which each process gets the same number, 2 or more"
     require(cfg, "minibatch_size", fits, words)
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
@@ -360,20 +364,20 @@ def read_run(folder):
     except OSError as error:
         raise BadInput(f"{here} a folder that can be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        words = f"{here} that of a run. Its {path.name} is damaged or from another version"
+        words = f"{here} that of a run, and its {path.name} is damaged or from another version"
         raise BadInput(words) from error
     other = [name for name in names if not name.startswith(".")]
     if other and not saved:
-        raise BadInput(f"{here} a new or empty folder, or that of a run. It has {other[0]}")
+        raise BadInput(f"{here} new, empty, or the folder of a run. It contains {other[0]}")
     return saved
 
 
 def prepare_folder(cfg, folder, saved):
-    """Make the folder. Check that a run can begin there or, if one is saved there, be resumed."""
+    """Make the folder. Check that a run can begin there, or that the saved one can be resumed."""
     if saved:
-        require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run to be resumed")
+        require_equal(cfg, saved["config"], BOOKKEEPING, "as in the run you are resuming")
         done = len(saved["history"])
-        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, the iterations done so far")
+        require(cfg, "n_iters", cfg.n_iters >= done, f"at least {done}, the number already done")
     if rank == 0:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
@@ -394,7 +398,7 @@ def make_parser():
     parser = argparse.ArgumentParser(
         prog="train_mappo.py" if world_size == 1 else f"train_mappo.py, process {rank}",
         usage="python train_mappo.py [--NAME VALUE] [--FLAG] [--no-FLAG] ...",
-        description="Each field of Config is an option, with - in place of _, here with defaults.",
+        description="Each field of Config is an option, written with - in place of _:",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
@@ -409,7 +413,7 @@ def make_parser():
 
 
 def read_command_line(cfg):
-    """Return the settings. Options given override those of the run to be resumed."""
+    """Return the settings. Options on the command line override those saved with a run."""
     parser = make_parser()
     given = vars(parser.parse_args())
     try:
@@ -472,17 +476,17 @@ class SavedRun(Run):
             for name, part in learner.items():
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError) as error:
-            raise BadInput(f"run_folder is '{self.folder}', but its networks differ") from error
+            raise BadInput(f"run_folder is '{self.folder}', but its networks do not fit") from error
         print(f"Resuming {self.folder}: {len(history)} of {cfg.n_iters} iterations are done")
         if saved["world_size"] != world_size:
-            print(f"It used {saved['world_size']} process(es) and now uses {world_size}")
+            print(f"Number of processes: {saved['world_size']} before, {world_size} now")
         if cfg.anneal_lr and saved["config"]["n_iters"] != cfg.n_iters > len(history):
             last = learner["optimizer"].param_groups[0]["lr"]
             next_lr = cfg.lr * (1 - len(history) / cfg.n_iters)
             print(f"The learning rate was {last:.2g}. Training continues at {next_lr:.2g}.")
 
     def open_log(self):
-        """Open a separate log for each start. Each of them will contain the whole run."""
+        """Open a new log at each start or resumption. Each log contains the whole run."""
         if self.cfg.logger and rank == 0:
             name = f"{self.folder.resolve().name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
             os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # MLflow logs to files here
@@ -502,7 +506,7 @@ class SavedRun(Run):
                 row[key] = sum(values) / len(values)
         weights = learner["optimizer"].param_groups[0]["params"]
         if not all(weight.isfinite().all() for weight in weights):
-            raise FloatingPointError("A weight is not finite. The last checkpoint is unchanged.")
+            raise FloatingPointError("A weight is infinite or NaN. The checkpoint is unchanged.")
         self.write(history, learner)
         self.write_log([row])
 
@@ -565,7 +569,7 @@ else:
     check(cfg)
 if world_size > 1:
     if cfg.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the one that "cuda" stands for
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # the GPU that "cuda" stands for
     store, _, _ = next(dist.rendezvous("env://"))
     # After a restart, the store still has the addresses of the earlier processes.
     store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
@@ -625,7 +629,7 @@ def make_env(num_envs, seed):
         num_envs=num_envs,
         seed=seed,
         device=cfg.device,
-        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,  # stack the agents, under "agents"
+        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,  # stack the agents under "agents"
         scenario_kwargs={"n_agents": cfg.n_agents, **cfg.scenario_options},
     )
     return simulator.append_transform(StepCounter(cfg.max_steps))
@@ -838,16 +842,17 @@ with torch.no_grad():
 # that each agent's value comes from its own observations, as if the others were part of the world.
 #
 # ### What can each critic know?
-# Before a run that takes minutes, try one that takes seconds. Give every agent one random number
-# x_i, where any two numbers have correlation `rho`. The critic has to predict either the sum of all
-# numbers, which stands for a shared reward, or the agent's own number, which stands for an
+# Before a run that takes minutes, try one that takes seconds. Give every agent a random number x_i,
+# with correlation `rho` between any two of them. The critic has to predict either the sum of all
+# the numbers, which stands for a shared reward, or the agent's own number, which stands for an
 # individual reward. The next cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
 # - the *slope*, which is how much V_i changes per unit of x_i when the other numbers stay the same
 #
 # The true slope is 1 for both targets. Which critics will find it? The cell prints four rows, one
-# for each target and each of rho = 0 and rho = 0.9. Write down a guess for each before you run it.
+# for each combination of target and rho (0 or 0.9). Write down a guess for each row before you run
+# the cell.
 
 
 # %% id="probe"
@@ -872,7 +877,7 @@ def probe(centralized, own_target, rho):
         x, target = draw(10_000)
         explained = 1 - (target - small_critic(x)).var() / target.var()
         raised = x.clone()
-        raised[:, 0] += 0.1  # the number of agent 0, and nothing else
+        raised[:, 0] += 0.1  # agent 0's number and nothing else
         slope = (small_critic(raised) - small_critic(x))[:, 0].mean() / 0.1
     return explained.item(), slope.item()
 
@@ -898,20 +903,20 @@ for own_target in (False, True):
 # - *The sum, rho 0.* The local critic misses most of the variance, yet its slope is right, because
 #   what it cannot see is only noise.
 # - *The sum, rho 0.9.* Now it predicts well, but its slope is nearly three. It has learned that the
-#   others' numbers are large where x_i is large. When x_i alone changes, it expects a change in the
+#   others' numbers are large when x_i is large. When x_i alone changes, it expects a change in the
 #   others that never comes.
-# - *Own number.* A shared centralized critic has one value for all agents, so the best it can do is
-#   predict their average, and its slope is a third of the true one.
+# - *Own number.* A shared centralized critic gives all agents the same value, so the best it can do
+#   is predict the average of their numbers, and its slope is a third of the true one.
 #
 # In theory, a local critic that predicts the sum for three agents has a slope of 1 + 2 rho, because
-# it expects the two other numbers to rise by rho each. It explains (1 + 2 rho) / 3 of the variance.
-# Both grow with a positive correlation, so remember this for Section 10: **the better a local
-# critic predicts from correlation, the more it misleads an agent about that agent's own
-# contribution.** The explained variance cannot warn you. At rho 0.9, it is the same for a slope of
-# nearly three as for a slope of one third.
+# it expects the other two numbers to rise by rho each. It explains (1 + 2 rho) / 3 of the variance.
+# Both increase as rho rises above 0. Remember this for Section 10: **the better a local critic
+# predicts from correlation, the more it misleads an agent about that agent's own contribution.**
+# The explained variance cannot warn you. At rho 0.9, a slope of nearly three and a slope of one
+# third come with the same explained variance.
 #
 # This centralized critic sees no actions, so it can tell how well the team is doing, but not who is
-# responsible. The critic of COMA (Foerster et al. 2018, arXiv:1705.08926) sees the actions, too.
+# responsible. The critic of COMA (Foerster et al. 2018, arXiv:1705.08926) also sees the actions.
 #
 # *Question 4. How many inputs does the critic have with 8 agents, under MAPPO and under IPPO?*
 #
@@ -974,14 +979,14 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ## 6. Advantages
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
 # 2016, arXiv:1506.02438) adds up the critic's prediction errors from the step of that action
-# onward, with weights that shrink by a factor of gamma lmbda at each step:
+# onward, with weights that are multiplied by gamma lmbda at each step:
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
 #     target     = A_i(t) + V_i(t)
 #
 # V_i' is computed from the stored next observation, because the next step of the batch may already
-# belong to another episode. `done` stops the sum, and only `terminated` sets the next value to 0.
+# belong to another episode. `done` stops the sum, but only `terminated` sets the next value to 0.
 #
 # ### By hand
 # The flags have no agent dimension, so they get one of size 1, and every agent uses the same flags.
@@ -1290,7 +1295,7 @@ run.finish()
 # %% [markdown]
 # ### Read the metrics
 # `history` has one row per iteration. The engineering cell also writes these rows to `metrics.csv`.
-# These are the first and last rows of default MAPPO runs, given as ranges over ten seeds.
+# The table shows the first and last rows of default MAPPO runs, as ranges over ten seeds.
 #
 # | metric | meaning | first | last |
 # |---|---|---|---|
@@ -1304,8 +1309,8 @@ run.finish()
 # | `explained_variance` | how well the critic predicts its targets | 0.17 to 0.66 | 0.89 to 0.93 |
 # | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
-# The metrics that begin with `test_` come from the tests. If your numbers look different, here is
-# what to check:
+# Metrics whose names begin with `test_` come from the tests. If your numbers look different, here
+# is what to check:
 #
 # | you see | check |
 # |---|---|
@@ -1318,7 +1323,7 @@ run.finish()
 #
 # `kl_approx` estimates the KL divergence between the old and new policies. It is the old
 # log-probability minus the new one, averaged over the iteration's minibatches, and it can be
-# negative. The explained variance flatters the critic, and means little for an untrained one,
+# negative. The explained variance flatters the critic and means little for an untrained one,
 # because the targets contain the critic's own estimates. Under `torchrun`, each process measures
 # its own share of the batch, and the metrics are averages over the processes.
 #
@@ -1351,8 +1356,8 @@ for key in evaluation["trained"]:
 # collisions                                0.000       0.003
 # ```
 #
-# If a best policy is listed, it was chosen on these same episodes, so expect it to do slightly
-# worse on others.
+# If a best policy is listed, it was chosen for its results on these same episodes, so expect it to
+# do slightly worse on others.
 #
 # *Question 7. Why is the success rate higher here than in the last iteration of training?*
 #
@@ -1378,9 +1383,9 @@ for key in evaluation["trained"]:
 #
 # ### What a wrong value costs
 # V_i' stands in for everything that comes after a step, so an error in it enters the advantage.
-# Suppose that robot 1 moves. From then on, it is in another position, and its value there is too
-# high by 1. Each delta of Section 6 that contains one of these values changes, and the advantage of
-# the move adds up the changes:
+# Suppose that robot 1 moves. From then on, it is in another position, and its value is too high by
+# 1. Each delta (Section 6) that contains this value changes, and the advantage of the move adds up
+#    the changes:
 #
 # | delta of | changes by | weight in A_1 | adds to A_1 |
 # |---|---|---|---|
@@ -1419,14 +1424,14 @@ def show(name, write):
     if hasattr(builtins, "__IPYTHON__"):
         from IPython.display import Image, display
 
-        display(Image(str(folder / name), format="png"))  # under this name, GIFs are shown, too
+        display(Image(str(folder / name), format="png"))  # as "png", GIFs are shown, too
 
 
 def arrow_map(robot=0, points=24):
-    """Find the direction in which the advantage pushes a robot, for each place on a grid.
+    """Find the direction in which the advantage pushes a robot, for each point of a grid.
 
     Returns a batch of points**2 environments, which differ only in where the robot is, and three
-    tensors of shape (points**2, 2): places, directions, and vectors from the goal to the robot.
+    tensors of shape (points**2, 2): places, directions and vectors from the goal to the robot.
     """
     scene = make_env(points**2, cfg.evaluation_seed)
     scene.reset()
@@ -1446,7 +1451,7 @@ def arrow_map(robot=0, points=24):
 
 
 def draw_arrow_map(robot=0):
-    """Return a figure of the arrow map of a robot, and the fraction of arrows that lead away."""
+    """Return a figure of a robot's arrow map, and the fraction of arrows that point away."""
     scene, places, directions, from_goal = arrow_map(robot)
     away = (directions * from_goal).sum(-1) > 0
     figure = Figure(figsize=(6, 6.4), layout="constrained")
@@ -1464,7 +1469,7 @@ def draw_arrow_map(robot=0):
         axes.annotate(name, center, ha="center", va="center", weight="bold")
     axes.set(
         aspect="equal",
-        title=f"{algorithm} after {len(history)} iterations: pushes on robot {robot + 1}",
+        title=f"{algorithm}, {len(history)} iterations: where robot {robot + 1} is pushed",
     )
     return figure, away.float().mean().item()
 
@@ -1493,22 +1498,22 @@ if sees_own_goal:
 # this map, IPPO's critic has turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
-# All robots drive to their goals at the same time, and a local critic sees little beyond its own
-# robot. When that robot is near its goal, the others usually are too, and there is little left for
-# *anybody* to earn. The robots' distances to their goals are correlated, just like the numbers in
-# Section 4. So a low value near the goal is a good prediction, but it is the wrong way to judge one
-# robot's move, because the others get no closer when that robot moves.
+# All robots drive to their goals at the same time, and a local critic sees nothing beyond its own
+# robot and those nearby. When that robot is near its goal, the others usually are too, and there is
+# little left for *anybody* to earn. The robots' distances to their goals are correlated, just like
+# the numbers in Section 4. So a low value near the goal is a good prediction, but it is the wrong
+# standard for one robot's move, because the others get no closer when that robot moves.
 #
 # Take an extreme case. So far, all three robots have always been about equally far from their
-# goals. At a distance d, the team has 3d left to earn, apart from discounting, so a local critic
-# has learned V_i = 3d, while a centralized critic has learned the sum of the three distances. Now
-# robot 1 moves one unit closer to its goal while the others wait. Its reward is shared, and each
-# advantage is the reward plus c times the change in value:
+# goals. At a distance d, the team has 3d left to earn, ignoring discounting, so a local critic has
+# learned V_i = 3d, while a centralized critic has learned the sum of the three distances. Now robot
+# 1 moves one unit closer to its goal while the others wait. Its reward is shared. Compared with all
+# three waiting, each advantage changes by the reward plus c times the change in value:
 #
 # ```
 #                               reward    change in value     advantage
 #     centralized critic          +1            -1         1 - 0.91 =  0.09
-#     local critic, robot 1       +1            -3         1 - 2.73 = -1.73
+#     local critic, robot 1       +1            -3         1 - 2.72 = -1.72
 #     local critic, the others    +1             0                     1.00
 # ```
 #
@@ -1516,12 +1521,13 @@ if sees_own_goal:
 # value by *more than that*, as if all three had moved. Whoever drives is punished, and whoever
 # waits is rewarded.
 #
-# The *slope* s is how much V_i drops per unit of progress when only robot i moves, which is 1 and 3
-# in this example. Compared with waiting, progress changes the advantage by 1 - c s, so **progress
-# looks like a loss if the slope is above 1 / c = 1.1**. This assumes that the slope is the same
-# everywhere. If it grows by a factor of 1 / gamma with each step toward the goal, the later deltas
-# cancel exactly, and the threshold is 1 / gamma = 1.01. An exact critic stays below both, because a
-# unit that would be earned anyway, T steps later, counts for only gamma^T.
+# The *slope* s is how much V_i drops per unit of progress when only robot i moves. In this example,
+# it is 1 for the centralized critic and 3 for the local one. A unit of progress changes the
+# advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. This
+# assumes that the slope is the same everywhere. If it grows by a factor of 1 / gamma with each step
+# toward the goal, the later deltas cancel exactly, and the threshold is 1 / gamma = 1.01. An exact
+# critic stays below both, because a unit that would be earned anyway, T steps later, counts for
+# only gamma^T.
 #
 # The next cell measures the slope of your critic on a new batch. It moves one robot in the critic's
 # input and leaves its velocity and lidar readings as they were, so the critic judges situations
@@ -1552,26 +1558,26 @@ def value_slope(step=0.05):
 
 if sees_own_goal:
     slope = value_slope()
-    print(f"{algorithm}, {len(history)} iterations: slope of the value s = {slope:.2f}")
+    print(f"{algorithm}, {len(history)} iterations: the value's slope is s = {slope:.2f}")
     print(f"advantage of a unit of progress: 1 - {c:.2f} s = {1 - c * slope:.2f}")
 
 # %% [markdown]
 # MAPPO:
 # ```
-# MAPPO, 10 iterations: slope of the value s = 0.37
+# MAPPO, 10 iterations: the value's slope is s = 0.37
 # advantage of a unit of progress: 1 - 0.91 s = 0.67
 # ```
 #
 # IPPO:
 # ```
-# IPPO, 10 iterations: slope of the value s = 1.03
+# IPPO, 10 iterations: the value's slope is s = 1.03
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
-# Section 4 gives a slope for every combination of critic and reward. Here they are next to the
-# slopes of trained critics, averaged over ten seeds. The last two columns are those after 15
-# iterations. In the first row, rho is the correlation of the robots' distances to their goals in
-# the batches of IPPO's tenth iteration.
+# Section 4 gives a slope for every combination of critic and reward. Here those slopes are listed
+# next to the slopes of trained critics, averaged over ten seeds. The last two columns were also
+# measured after 15 iterations. In the first row, rho is 0.4, the correlation of the robots'
+# distances to their goals in the batches of IPPO's tenth iteration.
 #
 # | critic | reward | Section 4 | s after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
@@ -1581,51 +1587,53 @@ if sees_own_goal:
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
 # All slopes grow from iteration 10 to 15, but stay below those of Section 4, probably because of
-# discounting, failures in training, and critics that are still learning. Only in the first row does
-# the slope pass 1.1. On every seed, it does so after 11 or 12 iterations, and within two more,
-# IPPO's success rate in tests has fallen to less than half of its best. The explained variance
-# rises all the while.
+# discounting, failed episodes, and critics that are still learning. Only in the first row does the
+# slope pass 1.1. With every seed, it does so after 11 or 12 iterations, and within two more, IPPO's
+# success rate in tests has fallen to less than half of its best. All the while, the explained
+# variance rises, from 0.84 after 10 iterations to 0.95 after 15.
 #
-# Not everything fits. Success begins to fall a little before the mean slope passes 1.1, when the
-# slope is above 1.1 at about a third of the places. Later, IPPO's robots no longer arrive together,
-# so rho and the slope fall again, and the reward recovers for a while. But the success rate has not
-# recovered by iteration 50, and we do not know why.
+# Not everything fits. The success rate begins to fall a little before the mean slope passes 1.1,
+# when the slope is above 1.1 for about a third of the robots' positions in the batch. Later, IPPO's
+# robots no longer arrive together, so rho and the slope fall again, and the reward recovers for a
+# while. But the success rate has not recovered by iteration 50, and we do not know why.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state, because how much the team will still earn depends on
 # where the others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, since
 # a robot's own move does not move the others. But V_i' is computed from o_i' alone, so
 # bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of
-# critic give the same gradient in expectation. But they assume converged critics of observations
-# and actions, and a local one that sees its agent's whole *history*, which includes the step just
-# taken.
+# critic give the same gradient in expectation. But they assume that the critics have converged and
+# see actions as well, and that the local critic sees its agent's whole *history*, which includes
+# the step just taken.
 #
 # ### When does a centralized critic pay off?
 # This failure requires three conditions: what the critic cannot see makes up much of the return, is
 # positively *correlated* with what it sees, and lies within the horizon, which is about 1 / (1 -
 # gamma) steps. A centralized critic removes the first one. If you remove any of them in another
-# way, a local critic should no longer mislead its agent. These are slopes and success rates after
-# 15 iterations, averaged over ten seeds.
+# way, a local critic should no longer mislead its agent. The table shows slopes and success rates
+# after 15 iterations, averaged over ten seeds. Cells are empty where no runs were made. The code
+# for each change is in `study/variants.py` or in the cookbook.
 #
-# | change | removes | IPPO's slope | IPPO | MAPPO |
+# | change | removes | IPPO's slope | IPPO's success | MAPPO's |
 # |---|---|---|---|---|
 # | none | | 1.54 | 0.04 | 0.99 |
 # | the critic also sees the sum of the others' distances | what the critic cannot see | | 0.99 | |
-# | individual rewards | its share of the return | 0.65 | 1.00 | 0.99 |
-# | gamma = 0.9 | the horizon | | 1.00 | 0.99 |
+# | individual rewards | the others' share of the return | 0.65 | 1.00 | 0.99 |
+# | gamma = 0.9 | the long horizon | | 1.00 | 0.99 |
 # | value normalization | nothing | 1.50 | 0.08 | |
 # | all goals equally far away | nothing; the correlation is even higher | 1.79 | 0.01 | |
 # | a smaller square, in which robots cannot collide | nothing | 1.49 | 0.00 | |
 # | the same square, and only one robot drives at a time | the correlation | 0.57 | 1.00 | |
 #
-# The last two rows are the strictest test. Reward, horizon and the end of an episode are the same
-# in both, but when robots take turns, the distance of one says next to nothing about the others.
-# Then IPPO does not unlearn the task, which points to the correlation as the cause.
+# The last two rows are the strictest test. The reward, the horizon and the condition that ends an
+# episode are the same in both, but when robots take turns, one robot's distance says next to
+# nothing about the others'. Then IPPO does not unlearn the task, which points to the correlation as
+# the cause.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
-# it run longer, its IPPO unlearns the task as well, although it differs in initialization,
-# normalization, the weight of the value loss and more. This is its training reward, averaged over
-# ten seeds:
+# it run longer, its IPPO unlearns the task as well, although it differs from this file in
+# initialization, normalization, the weight of the value loss and more. This is its training reward,
+# averaged over ten seeds:
 #
 # | TorchRL's tutorial after | 5 iterations | 12 | 25 |
 # |---|---|---|---|
@@ -1661,7 +1669,7 @@ def comparable_runs():
     """
     mine, runs = folder.resolve(), {}
     differ = {"mappo", "seed", *BOOKKEEPING} - ({"n_iters"} if cfg.anneal_lr else set())
-    own = {**asdict(cfg), "world_size": world_size}  # and as JSON, like those of other runs:
+    own = {**asdict(cfg), "world_size": world_size}  # as JSON, like the settings of other runs:
     own = json.loads(json.dumps(own, default=lambda x: getattr(x, "__name__", str(x))))
     for path in sorted(mine.parent.glob("*/hyperparameters.json")):
         try:
@@ -1677,7 +1685,7 @@ def comparable_runs():
 
 
 def draw_learning_curves(runs):
-    """Return a figure of the reward and the success rate of each run, over frames."""
+    """Plot the reward and the success rate of each run against the number of frames."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, keys in zip(panels, [("episode_reward",), (success_key, test_key)], strict=True):
@@ -1689,7 +1697,7 @@ def draw_learning_curves(runs):
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, style, color=color, linewidth=width, label=label)
         axes.set(title=keys[0].replace("_", " "), xlabel="frames")
-    panels[1].set(ylim=(-0.05, 1.05), ylabel="line: in training, dots: in tests")
+    panels[1].set(ylim=(-0.05, 1.05), ylabel="line: training, dots: tests")
     labels = {line.get_label(): line for line in panels[0].get_lines()}
     panels[0].legend(labels.values(), labels.keys(), title="thick: this run")
     return figure
@@ -1719,7 +1727,7 @@ try:
     images = film(policy)
 except Exception as error:  # VMAS's renderer can raise many kinds of exceptions
     print(
-        f"No rollout.gif, because VMAS could not render ({type(error).__name__}: {error}). "
+        f"No rollout.gif was made, because VMAS raised {type(error).__name__}: {error}. "
         "If OpenGL is missing: apt-get install libgl1 libegl1 libglu1-mesa libgl1-mesa-dri"
     )
 else:

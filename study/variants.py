@@ -160,3 +160,34 @@ def estimate_advantages(batch):
     batch["next", "terminated"].zero_()
     estimate_with_terminations(batch)
     batch["next", "terminated"].copy_(terminated)
+
+
+# %% two critics before="loop"
+# The lesson's critic provides the bootstrap values only. The baseline comes from another critic,
+# which is local if the first one is centralized, and the other way around. It learns the same
+# targets. The advantage is the lambda-return of the first critic minus the value of the second.
+baseline_network = MultiAgentMLP(
+    **network_options,
+    n_agent_outputs=1,
+    centralized=not cfg.mappo,
+    share_params=cfg.share_parameters_critic,
+    device=cfg.device,
+)
+orthogonal_init(baseline_network, final_gain=1.0)
+baseline_optimizer = torch.optim.Adam(baseline_network.parameters(), lr=cfg.lr)
+estimate_with_one_critic = estimate_advantages
+
+
+def estimate_advantages(batch):
+    estimate_with_one_critic(batch)
+    observation, target = batch["agents", "observation"], batch["value_target"]
+    with torch.no_grad():
+        batch["advantage"] = target - baseline_network(observation)
+    observation, target = observation.flatten(0, 1), target.flatten(0, 1)
+    for _ in range(cfg.num_epochs):
+        for chosen in torch.randperm(len(target), device=cfg.device).split(minibatch_frames):
+            value = baseline_network(observation[chosen])
+            baseline_optimizer.zero_grad()
+            nn.functional.smooth_l1_loss(value, target[chosen]).backward()
+            nn.utils.clip_grad_norm_(baseline_network.parameters(), cfg.max_grad_norm)
+            baseline_optimizer.step()

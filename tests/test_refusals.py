@@ -35,7 +35,7 @@ BAD_VALUES = {  # words of the command line: what the sentence must hold
     ("--num-cells", "1000000000000"): ("num_cells is 1000000000000", "billion"),
     ("--seed", str(2**64)): (f"seed is {2**64}", "2**32"),
     ("--gamma", "1.01"): ("gamma is 1.01", "from 0 to 1"),
-    ("--clip-epsilon", "1.0"): ("clip_epsilon is 1.0", "between 0 and 1"),
+    ("--clip-epsilon", "1.0"): ("clip_epsilon is 1.0", "above 0 and below 1"),
     ("--minibatch-size", "1"): ("minibatch_size is 1",),
     ("--minibatch-size", "70"): ("minibatch_size is 70", "600"),
     ("--frames-per-batch", "610"): ("frames_per_batch is 610", "max_steps", "20"),
