@@ -68,7 +68,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # With several agents, each agent's environment includes all the other agents. They learn too, so to
 # each agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits
 # the damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
-# recorded in it is badly out of date.
+# recorded in it is badly out of date, and its clipping keeps each update small.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -108,7 +108,7 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 # | episode | the steps from a reset until all robots are at their goals or time runs out |
 # | success rate | fraction of episodes that end with all robots at their goals |
 # | return | discounted sum of the rewards still to come |
-# | bootstrapping | using the critic's value in place of rewards that were not collected |
+# | bootstrapping | using the critic's value in place of the rewards that follow |
 #
 # ## 1. Hyperparameters
 # Every setting is a field of `Config`. Change the defaults here, or override them on the command
@@ -685,7 +685,7 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 #
 # *Parameter sharing.* With `share_parameters_policy`, all agents use the same weights, and the
 # network learns from every agent's experience. The cost is that agents with identical observations
-# behave alike, so a task that needs specialists needs agent IDs or separate networks.
+# behave alike, so a task that needs specialists may need agent IDs or separate networks.
 #
 # *Initialization.* The weight matrices are orthogonal. Those in the policy's last layer are small,
 # so at first the actions are spread widely, no matter what a robot observes. Andrychowicz et al.
@@ -979,7 +979,9 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ## 6. Advantages
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
 # 2016, arXiv:1506.02438) adds up the critic's prediction errors from the step of that action
-# onward, with weights that are multiplied by gamma lmbda at each step:
+# onward, with weights that are multiplied by gamma lmbda at each step. The larger `lmbda` is, the
+# more the collected rewards count and the less the critic does, which lowers the bias and raises
+# the variance.
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -1062,9 +1064,9 @@ print("advantages of the first frame:", *(f"{x:.4f}" for x in advantage[0, 0, :,
 # of what this robot does.
 #
 # *The critic plays two roles.* V_i is the *baseline*, and V_i' is the *bootstrap value*. An error
-# in the baseline shifts the advantages of all actions in that step equally, so it averages out. An
-# error in the bootstrap value may depend on where the action led, so it does not average out, and
-# the policy learns from it. Section 10 shows what that can do.
+# in the baseline shifts the advantages of all actions in that step equally, so it averages out in
+# expectation. An error in the bootstrap value may depend on where the action led, so it does not
+# average out, and the policy learns from it. Section 10 shows what that can do.
 #
 # *Question 5. With lmbda = 0, how many collected rewards go into each advantage?*
 #
@@ -1304,8 +1306,8 @@ run.finish()
 # | `collisions` | steps in contact, per robot per episode | 0.17 to 0.81 | 0.00 to 0.10 |
 # | `loss_critic` | weighted value loss | 0.0043 to 0.0174 | 0.0011 to 0.0026 |
 # | `entropy` | randomness of the actions | 1.33 | 0.90 to 0.97 |
-# | `kl_approx` | how far an update moves the policy | 0.008 to 0.014 | 0.006 to 0.009 |
-# | `clip_fraction` | fraction of ratios that are clipped | 0.11 to 0.16 | 0.07 to 0.08 |
+# | `kl_approx` | mean distance from the old policy | 0.008 to 0.014 | 0.006 to 0.009 |
+# | `clip_fraction` | fraction of ratios outside the clipping range | 0.11 to 0.16 | 0.07 to 0.08 |
 # | `explained_variance` | how well the critic predicts its targets | 0.17 to 0.66 | 0.89 to 0.93 |
 # | `advantage_std` | standard deviation of the advantages | 0.16 to 0.36 | 0.13 to 0.17 |
 #
@@ -1397,7 +1399,7 @@ for key in evaluation["trained"]:
 # In the delta of the move, only V_1' is wrong. In later deltas, V_1' and the baseline V_1 are both
 # wrong and nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage
 # inherits nine tenths of a lasting error**. Less remains if the episode succeeds soon afterward,
-# because then nothing is bootstrapped. More remains if it is cut off.
+# because the last delta then contains only the wrong baseline. More remains if it is cut off.
 #
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
@@ -1489,13 +1491,14 @@ if sees_own_goal:
 # With seed 0:
 # ```
 # MAPPO, 10 iterations: 2% of the arrows point away from the goal
+# MAPPO, 15 iterations: 3% of the arrows point away from the goal
 # IPPO, 10 iterations: 25% of the arrows point away from the goal
 # IPPO, 15 iterations: 52% of the arrows point away from the goal
 # ```
 #
 # Under MAPPO, nearly all arrows point toward the goal. Under IPPO, red arrows surround the goal,
-# and there are many more of them after 15 iterations than after 10. They push the robots away. On
-# this map, IPPO's critic has turned the goal into a place to avoid.
+# and there are many more of them after 15 iterations than after 10. On this map, IPPO's critic has
+# turned the goal into a place to avoid.
 #
 # ### Progress looks like a loss
 # All robots drive to their goals at the same time, and a local critic sees nothing beyond its own
@@ -1504,11 +1507,12 @@ if sees_own_goal:
 # the numbers in Section 4. So a low value near the goal is a good prediction, but it is the wrong
 # standard for one robot's move, because the others get no closer when that robot moves.
 #
-# Take an extreme case. So far, all three robots have always been about equally far from their
+# Take an extreme case. So far, the three robots have nearly always been equally far from their
 # goals. At a distance d, the team has 3d left to earn, ignoring discounting, so a local critic has
-# learned V_i = 3d, while a centralized critic has learned the sum of the three distances. Now robot
-# 1 moves one unit closer to its goal while the others wait. Its reward is shared. Compared with all
-# three waiting, each advantage changes by the reward plus c times the change in value:
+# learned V_i = 3d, while a centralized critic has seen enough exceptions to learn the sum of the
+# three distances. Now robot 1 moves one unit closer to its goal while the others wait. Its reward
+# is shared. Compared with all three waiting, each advantage changes by the reward plus c times the
+# change in value:
 #
 # ```
 #                               reward    change in value     advantage
@@ -1523,11 +1527,10 @@ if sees_own_goal:
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. In this example,
 # it is 1 for the centralized critic and 3 for the local one. A unit of progress changes the
-# advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. This
-# assumes that the slope is the same everywhere. If it grows by a factor of 1 / gamma with each step
-# toward the goal, the later deltas cancel exactly, and the threshold is 1 / gamma = 1.01. An exact
-# critic stays below both, because a unit that would be earned anyway, T steps later, counts for
-# only gamma^T.
+# advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. The
+# true value of the full state, under a policy that reaches its goals, has a slope below 1, because
+# a unit that would be earned anyway, T steps later, counts for only gamma^T. This slope grows
+# toward the goal, and where a slope grows like that, the threshold is 1 / gamma = 1.01.
 #
 # The next cell measures the slope of your critic on a new batch. It moves one robot in the critic's
 # input and leaves its velocity and lidar readings as they were, so the critic judges situations
@@ -1592,43 +1595,45 @@ if sees_own_goal:
 # success rate in tests has fallen to less than half of its best. All the while, the explained
 # variance rises, from 0.84 after 10 iterations to 0.95 after 15.
 #
-# Not everything fits. The success rate begins to fall a little before the mean slope passes 1.1,
-# when the slope is above 1.1 for about a third of the robots' positions in the batch. Later, IPPO's
-# robots no longer arrive together, so rho and the slope fall again, and the reward recovers for a
-# while. But the success rate has not recovered by iteration 50, and we do not know why.
+# Not everything fits. The local critic's slope is 2.5 times the centralized one's, not 1.8 times.
+# The success rate begins to fall a little before the mean slope passes 1.1, when the slope is above
+# 1.1 for about a third of the robots' positions in the batch. Later, IPPO's robots no longer arrive
+# together, so rho and the slope fall again, and the reward recovers for a while. But the success
+# rate has not recovered by iteration 50, and we do not know why.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state, because how much the team will still earn depends on
 # where the others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, since
 # a robot's own move does not move the others. But V_i' is computed from o_i' alone, so
 # bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of
-# critic give the same gradient in expectation. But they assume that the critics have converged and
-# see actions as well, and that the local critic sees its agent's whole *history*, which includes
-# the step just taken.
+# critic give the same gradient in expectation. But they assume action-value critics that have
+# converged, and a local one that sees its agent's whole *history*, which includes the step just
+# taken. They also prove that a centralized critic never lowers the variance.
 #
 # ### When does a centralized critic pay off?
-# This failure requires three conditions: what the critic cannot see makes up much of the return, is
-# positively *correlated* with what it sees, and lies within the horizon, which is about 1 / (1 -
-# gamma) steps. A centralized critic removes the first one. If you remove any of them in another
-# way, a local critic should no longer mislead its agent. The table shows slopes and success rates
-# after 15 iterations, averaged over ten seeds. Cells are empty where no runs were made. The code
-# for each change is in `study/variants.py` or in the cookbook.
+# By this account, the failure requires four conditions. What the critic cannot see makes up much of
+# the return, is positively *correlated* with what it sees, and lies within the horizon, which is
+# about 1 / (1 - gamma) steps. And the advantages rely on bootstrapping, so c is not small. A
+# centralized critic removes the first condition. If you weaken any of them enough in another way,
+# progress should no longer look like a loss. The table shows slopes and success rates after 15
+# iterations, averaged over ten seeds. Cells are empty where no runs were made. The code for each
+# change is in `study/variants.py` or in the cookbook.
 #
 # | change | removes | IPPO's slope | IPPO's success | MAPPO's |
 # |---|---|---|---|---|
 # | none | | 1.54 | 0.04 | 0.99 |
 # | the critic also sees the sum of the others' distances | what the critic cannot see | | 0.99 | |
 # | individual rewards | the others' share of the return | 0.65 | 1.00 | 0.99 |
-# | gamma = 0.9 | the long horizon | | 1.00 | 0.99 |
+# | gamma = 0.9 | the long horizon, and half of c | | 1.00 | 0.99 |
 # | value normalization | nothing | 1.50 | 0.08 | |
 # | all goals equally far away | nothing; the correlation is even higher | 1.79 | 0.01 | |
 # | a smaller square, in which robots cannot collide | nothing | 1.49 | 0.00 | |
 # | the same square, and only one robot drives at a time | the correlation | 0.57 | 1.00 | |
 #
 # The last two rows are the strictest test. The reward, the horizon and the condition that ends an
-# episode are the same in both, but when robots take turns, one robot's distance says next to
-# nothing about the others'. Then IPPO does not unlearn the task, which points to the correlation as
-# the cause.
+# episode are the same in both, but when the robots take turns, in random order, one robot's
+# distance says next to nothing about the others', and rho falls from 0.52 to 0.08. Then IPPO does
+# not unlearn the task, as this explanation predicts.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
 # it run longer, its IPPO unlearns the task as well, although it differs from this file in
@@ -1745,6 +1750,7 @@ else:
 # 4. `8 * 18 = 144` under MAPPO, and 18 under IPPO, for any team size.
 # 5. One. The advantage is then r_i + gamma V_i' - V_i.
 # 6. It would keep old frames and learn from them again. PPO must not, because its ratio corrects
-#    for the change in the probabilities of actions, but not for the change in the states visited.
+#    for the change in the probabilities of actions, but not for the change in the states visited,
+#    and its advantages belong to the old policy.
 # 7. Two likely reasons are that actions are sampled during training, so robots jitter around their
 #    goals, and that the last batch was collected before the last update.
