@@ -242,6 +242,7 @@ REMEDIES = {
     "gamma 0.9, lambda 0": "gamma-lambda",
     "the others' distance as an input": "one-number",
     "arrivals bootstrapped": "bootstrapped",
+    "lambda 0.99": "lambda-0.99",
     "lambda 1": "lambda",
 }
 CORRELATION = {
@@ -258,6 +259,7 @@ IDS = {
     "a contact costs 10": "contacts",
     "a contact costs 10, with agent IDs": "contacts-agent-ids",
 }
+RECIPES = {"quick": "quick", "thorough": "thorough"}
 TEN_TO_TWENTY = [10, 15, 20]
 FIRST_15 = range(1, 16)
 NEW = {  # tables of results.csv: {name: (function, arguments)}
@@ -295,6 +297,14 @@ NEW = {  # tables of results.csv: {name: (function, arguments)}
             },
         },
     ),
+    "roles": (
+        grid,
+        {
+            "labels": {"two critics": "two-critics"},
+            "columns": {SUCCESS: [5, 10, 15], "slope": [10, 15]},
+        },
+    ),
+    "recipes": (versus, {"labels": RECIPES}),
     "agent-ids": (
         paired,
         {
@@ -374,9 +384,7 @@ OLD = {  # tables of archive.csv
         {
             "labels": {
                 "the defaults, seeds 10 to 19": "fresh",
-                "quick": "quick",
                 "quick, seeds 30 to 49": "quick-fresh",
-                "thorough": "thorough",
                 **{f"thorough, {n} robots": f"team-of-{n}" for n in (2, 4, 8)},
             }
         },
