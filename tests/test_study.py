@@ -479,3 +479,25 @@ def test_section_10_quotes_the_means_of_ten_seeds(label):
     ):
         found = rows[rows["algorithm"] == algorithm][column]
         assert not quoted or (len(found) == 10 and f"{found.mean():.2f}" == quoted)
+
+
+ROLES = {  # rows of the table of roles in Section 10, and where their numbers come from
+    "| local critic | local critic (IPPO) |": ("defaults", "IPPO"),
+    "| local critic | centralized critic |": ("two-critics", "IPPO"),
+    "| centralized critic | local critic |": ("two-critics", "MAPPO"),
+    "| centralized critic | centralized critic (MAPPO) |": ("defaults", "MAPPO"),
+}
+
+
+@pytest.mark.parametrize("start", ROLES)
+def test_section_10_parts_the_roles_of_a_critic(start):
+    """The slope after 15 iterations, and success after 10 and 15."""
+    lines = SCRIPT.read_text("utf-8").splitlines()
+    [line] = [line for line in lines if line.startswith(f"# {start}")]
+    rows, (experiment, algorithm) = tables.read(tables.RESULTS), ROLES[start]
+    means = []
+    for after, column in ((15, "slope"), (10, "test_success_rate"), (15, "test_success_rate")):
+        found = tables.choose(rows, experiment, algorithm, after)[column]
+        assert len(found) == 10
+        means.append(f"{found.mean():.2f}")
+    assert line == f"# {start} {' | '.join(means)} |"
