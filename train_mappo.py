@@ -173,8 +173,7 @@ cfg = Config()
 # %% id="placeholders"
 rank, world_size = 0, 1  # the index of this process, and how many there are
 # These settings do not affect learning, except n_iters when the learning rate is annealed.
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
-BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters", "evaluation_interval"}
 
 
 class Run:
@@ -264,7 +263,7 @@ def require(cfg, name, condition, expected):
 def record_of(cfg):
     """Return the settings as JSON stores them, with each class or function replaced by its name."""
     record = {}
-    for name in [one.name for one in fields(cfg)]:
+    for name in [setting.name for setting in fields(cfg)]:
         value = getattr(cfg, name)
         try:
             text = json.dumps(value, allow_nan=False, default=lambda x: x.__name__)
@@ -274,22 +273,23 @@ def record_of(cfg):
     return record
 
 
-def require_equal(cfg, then, but, why):
-    """Raise BadInput if a setting differs from its value in `then`, unless its name is in `but`."""
+def require_equal(cfg, then, exempt, reason):
+    """Raise BadInput if a setting differs from its value in `then`, unless it is exempt."""
     for name, value in record_of(cfg).items():
-        if name in then and name not in but:
-            require(cfg, name, value == then[name], f"{then[name]!r}, {why}")
+        if name in then and name not in exempt:
+            require(cfg, name, value == then[name], f"{then[name]!r}, {reason}")
 
 
 def check_values(cfg):
     """Check that each setting has the right type, is in its range, and can be recorded."""
     ranges = {name: (words, fits) for names, words, fits in RANGES for name in names}
-    for one in fields(cfg):
-        value, kind = getattr(cfg, one.name), KINDS.get(one.type, object)
+    for setting in fields(cfg):
+        name, value = setting.name, getattr(cfg, setting.name)
+        kind = KINDS.get(setting.type, object)
         right = isinstance(value, kind) and (kind in (bool, object) or type(value) is not bool)
-        words = f"of type {getattr(one.type, '__name__', one.type)}"
-        words, fits = ranges.get(one.name, (words, lambda x: True))
-        require(cfg, one.name, right and fits(value), words)
+        words = f"of type {getattr(setting.type, '__name__', setting.type)}"
+        words, fits = ranges.get(name, (words, lambda x: True))
+        require(cfg, name, right and fits(value), words)
     require(cfg, "logger", cfg.logger in LOGGERS, f"one of {[*LOGGERS]}")
     missing = [name for name in LOGGERS[cfg.logger] if importlib.util.find_spec(name) is None]
     words = f"one whose packages are installed: pip install {' '.join(missing)}"
@@ -406,9 +406,10 @@ def make_parser():
     with suppress(OSError, TypeError):  # there is no source if the file comes from standard input
         parser.epilog = inspect.getsource(Config)
     for name, default in asdict(Config()).items():
-        how = {"type": str if isinstance(default, (str, type)) else number_or_json}
-        how = {"action": argparse.BooleanOptionalAction} if isinstance(default, bool) else how
-        parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **how)
+        options = {"type": str if isinstance(default, (str, type)) else number_or_json}
+        if isinstance(default, bool):
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + name.replace("_", "-"), help=argparse.SUPPRESS, **options)
     return parser
 
 
@@ -423,6 +424,7 @@ def read_command_line(cfg):
         saved = read_run(folder) if cfg.run_folder else None
         now, then = record_of(cfg), saved["config"] if saved else {}
         names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
+        names -= set() if torch.cuda.is_available() else {"device"}  # perhaps it had a GPU
         kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
         cfg = replace(cfg, **kept)
         check(cfg)
@@ -450,8 +452,10 @@ class SavedRun(Run):
         """Load the run in the folder into `history` and `learner`, or begin a new one there."""
         self.cfg, self.folder, saved = cfg, folder, read_run(folder)
         check_values(cfg)  # in a notebook, they may have changed since
-        why = "unless you run everything below Section 1 again"
-        require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, why)
+        reason = "unless you run everything below Section 1 again"
+        require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, reason)
+        if learner["optimizer"].state and not saved:
+            raise BadInput("These networks are trained. For a new run, begin with Section 4")
         prepare_folder(cfg, folder, saved)
         launcher = "python" if world_size == 1 else "torchrun ..."
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
@@ -1195,7 +1199,8 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
 # second defines the metrics. They cover only the first episode in each environment, because later
 # ones have less time left in the batch. In training, actions are sampled. In a test, the policy
-# acts deterministically and plays the same episodes each time, and the best policy so far is kept.
+# acts deterministically and plays the same episodes each time. The best policy so far is kept,
+# chosen by success rate or, in other scenarios, by reward.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
@@ -1210,6 +1215,7 @@ learner = {"policy": policy, "critic": critic, "optimizer": optimizer, "best_pol
 navigation = scenario == "navigation"
 success_key = "success_rate" if navigation else "terminated_rate"
 test_key = f"test_{success_key}"
+best_key = test_key if navigation else "test_episode_reward"  # chooses the best policy
 
 
 def measure(data):
@@ -1286,8 +1292,7 @@ for iteration in progress:
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
         row |= {f"test_{key}": value for key, value in evaluate(policy).items()}
-        best = max((old.get(test_key, 0.0) for old in history), default=0.0)
-        if row[test_key] >= best:
+        if all(row[best_key] >= old.get(best_key, row[best_key]) for old in history):
             best_policy.load_state_dict(policy.state_dict())
     history.append(row)
     run.save(history, learner)
@@ -1338,11 +1343,9 @@ run.finish()
 
 # %% id="evaluation"
 evaluation = {"untrained": evaluate(untrained_policy), "trained": evaluate(policy)}
-evaluation_of_best = evaluate(best_policy)
-if evaluation_of_best[success_key] > evaluation["trained"][success_key]:
+evaluation_of_best, score = evaluate(best_policy), best_key.removeprefix("test_")
+if evaluation_of_best[score] > evaluation["trained"][score]:
     evaluation["best"] = evaluation_of_best
-else:
-    best_policy.load_state_dict(policy.state_dict())
 title = f"{cfg.evaluation_episodes} episodes, deterministic policy"
 print(f"\n{title:<35}" + "".join(f"{name:>12}" for name in evaluation))
 for key in evaluation["trained"]:
@@ -1671,8 +1674,9 @@ if sees_own_goal:
 
 # %% id="files"
 saved_policy = {"network": policy_options, **action_bounds}
-for name, found in {"policy.pt": policy, "best_policy.pt": best_policy}.items():
-    saved_policy["state_dict"] = found[0].module[0].state_dict()
+best = best_policy if "best" in evaluation else policy
+for name, actor in {"policy.pt": policy, "best_policy.pt": best}.items():
+    saved_policy["state_dict"] = actor[0].module[0].state_dict()
     save_whole(folder / name, lambda file: torch.save(saved_policy, file))
 text = json.dumps({"iterations": len(history), **evaluation}, indent=2)
 save_whole(folder / "evaluation.json", lambda file: file.write(text.encode()))

@@ -268,16 +268,21 @@ def test_measurements_of_an_update(algorithm):
         assert row[name] == pytest.approx(float(value), abs=1e-5), name
 
 
-def test_the_best_policy_is_that_of_the_best_tested_iteration(tmp_path):
-    """Also after the run was resumed. It is shown in the evaluation if it is not the last."""
-    cells, weights, scores = read_cells(), [], iter([0.2, 0.7, 0.6, 0.1, 0.6, 0.9, 0.8])
+CHOICES = {"navigation": "success_rate", "balance": "episode_reward"}  # of the best policy
+
+
+@pytest.mark.parametrize("scenario, chosen_by", CHOICES.items())
+def test_the_best_policy_is_that_of_the_best_tested_iteration(scenario, chosen_by, tmp_path):
+    """Also after the run was resumed. It is shown and saved only if it is better than the last."""
+    cells, weights, scores = read_cells(), [], iter([-0.8, 0.7, 0.6, 0.1, 0.6, 0.9, 0.8])
+    other = dict.fromkeys(["success_rate", "terminated_rate", "episode_reward"], 0.0)
 
     def scripted(policy):
         weights.append({name: value.clone() for name, value in policy.state_dict().items()})
-        return {"success_rate": next(scores), "episode_reward": 0.0}
+        return {**other, chosen_by: next(scores)}
 
     for n_iters, best in ((3, 2), (5, 2), (6, 6), (7, 6)):
-        values = {**TINY, "evaluation_interval": 1, "n_iters": n_iters}
+        values = {**TINY, "scenario_name": scenario, "evaluation_interval": 1, "n_iters": n_iters}
         chosen = sources(*SLOW, **values, run_folder=str(tmp_path / "run"))
         space = run_cells(chosen[: chosen.index(cells["loop"])])
         space["evaluate"] = scripted
@@ -286,10 +291,13 @@ def test_the_best_policy_is_that_of_the_best_tested_iteration(tmp_path):
         torch.testing.assert_close(found, weights[best - 1], rtol=0, atol=0)
     for score in (0.9, 0.8):
         space["evaluate"] = lambda policy, score=score: {
-            "success_rate": score if policy is space["best_policy"] else 0.8
+            chosen_by: score if policy is space["best_policy"] else 0.8
         }
-        run_cells([cells["evaluation"]], space)
+        run_cells([cells["evaluation"], cells["files"]], space)
         assert ("best" in space["evaluation"]) == (score == 0.9)
+        saved = torch.load(tmp_path / "run" / "best_policy.pt")["state_dict"]
+        expected = space["best_policy" if score == 0.9 else "policy"][0].module[0].state_dict()
+        torch.testing.assert_close(dict(saved), dict(expected), rtol=0, atol=0)
 
 
 def test_the_slope_and_the_arrows_of_a_known_critic(mappo, monkeypatch):

@@ -106,6 +106,18 @@ def test_ctrl_c_says_how_to_resume_and_stops_a_loop_over_seeds(finished, lean, t
     assert_same(tmp_path / "my runs" / "seed 0", finished[5])
 
 
+def test_a_run_on_a_gpu_is_resumed_where_there_is_none(short, finished, lean, capsys, monkeypatch):
+    """Without --device: what was recorded cannot be kept, so the default is taken."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.save(
+        load(short) | {"config": load(short)["config"] | {"device": "cuda"}},
+        short / "checkpoint.pt",
+    )
+    run_inside("--run-folder", short, "--n-iters", 5, path=lean)
+    assert "device = " not in capsys.readouterr().out
+    assert_same(short, finished[5])
+
+
 @pytest.mark.parametrize("network", ["policy", "critic"])
 def test_weights_that_are_not_finite_are_never_saved(network, short, tmp_path):
     spoil = f"if len(history) == 4: next({network}.parameters()).data[0, 0] = math.nan"

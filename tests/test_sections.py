@@ -117,6 +117,15 @@ def test_an_interrupted_iteration_is_repeated_from_its_start(mappo, tmp_path):
     assert_same(tmp_path / "run", mappo["folder"])
 
 
+def test_trained_networks_do_not_begin_a_new_run(tmp_path, monkeypatch):
+    """Section 8 alone, run again without a run folder, would go on with them in a new history."""
+    monkeypatch.chdir(tmp_path)
+    space = run_cells(sources(*SLOW, **TINY))
+    with pytest.raises(ValueError, match="These networks are trained.*Section 4"):
+        run_cells([read_cells()["setup"], read_cells()["loop"]], space)
+    assert len([*(tmp_path / "runs").iterdir()]) == 1
+
+
 def test_every_cell_may_be_run_twice(mappo, tmp_path):
     cells = sources(*SLOW, **TINY, run_folder=str(tmp_path / "run"))
     run_cells(one for source in cells for one in (source, source))
