@@ -4,9 +4,10 @@
 
 | name | made from | what is done |
 |---|---|---|
-| student/lesson.ipynb | train_mappo.py | no outputs, and nothing of Section 10 that gives it away |
-| student/exercises.ipynb | teacher/solutions.py | each solution replaced by a blank |
-| student/colab.ipynb | the same | likewise, after a cell that installs everything |
+| student/lesson.ipynb | train_mappo.py | no outputs, and nothing that gives the surprise away |
+| student/exercises.ipynb | teacher/solutions.py | parts A and B, with blanks for the solutions |
+| student/part_c.ipynb | the same | part C, for after class |
+| student/colab.ipynb | the same | parts A and B, after a cell that installs everything |
 | teacher/lesson.ipynb | train_mappo.py | executed; if only prose has changed, outputs are kept |
 | teacher/solutions.ipynb | teacher/solutions.py | executed |
 
@@ -36,15 +37,23 @@ METADATA = {
 }
 PACKAGES = ("torch", "torchrl", "tensordict", "vmas", "tqdm", "matplotlib", "pillow")
 QUOTED = "<details>\n<summary>Run the cell above first. Then open this.</summary>\n\n"
+TOLD_TO_STUDENTS = {  # what gives the surprise away, from its first words to its last: instead
+    ("After ten iterations, both", "critic has learned."): """\
+How many of the test
+episodes will succeed with each of them, after 10 and after 15 iterations?
+
+**Write down your guess when your teacher asks for it.**""",
+    ("train longer; if the robots", "read Section 10"): "train longer",
+}
 SECTION_10 = """\
 ---
-## 10. Why one of them unlearns the task
+## 10. What your critic teaches
 Look at your prediction sheet. When everybody has written down a prediction, do the exercise
 "Predict, then look". Your teacher then goes through this section with you. The next two cells show
 what the critic that you have trained here teaches each robot."""
 SECTION_10_END = """\
 Compare your picture with that of someone who has trained the other algorithm. The rest of this
-section is in `train_mappo.py`, which your teacher gives you after the class."""
+section is in `train_mappo.py`, which your teacher gives you after class."""
 
 
 def read(text):
@@ -101,6 +110,15 @@ def first_cell(source):
 def make_student_lesson():
     """Return the lesson as a class gets it: no outputs, none of Section 10's answers."""
     notebook = read(LESSON.read_text("utf-8"))
+    for (first, last), instead in TOLD_TO_STUDENTS.items():
+        told = re.compile(rf"{re.escape(first)}.*?{re.escape(last)}", re.DOTALL)
+        counts = 0
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":
+                cell.source, count = told.subn(instead, cell.source)
+                counts += count
+        if counts != 1:
+            raise ValueError(f"{first!r} is {counts} times in the lesson, but must be there once")
     cells, section, above = [], "", ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
@@ -134,16 +152,24 @@ def with_hidden_outputs(source):
     return "\n\n".join(part.strip() for part in (hidden, asked, rest) if part.strip())
 
 
-def make_exercises():
-    """Return the exercises with blanks."""
+def make_exercises(part_c=False):
+    """Return parts A and B of the exercises with blanks, or part C, which gives results away."""
     notebook = read(with_blanks(SOLUTIONS.read_text("utf-8")))
-    notebook.cells = [cell for cell in notebook.cells if not cell.id.startswith("solution_")]
-    notebook.cells.insert(0, first_cell(setup_check(pins())))
+    cells = [cell for cell in notebook.cells if not cell.id.startswith("solution_")]
+    names = [cell.id for cell in cells]
+    begins, start = names.index("part_c"), cells[names.index("start")]
+    chosen = [cells[begins], start, *cells[begins + 1 :]] if part_c else cells[:begins]
+    notebook.cells = [first_cell(setup_check(pins())), *chosen]
     return notebook
 
 
+def make_part_c():
+    """Return part C of the exercises with blanks."""
+    return make_exercises(part_c=True)
+
+
 def make_colab():
-    """Return the exercises for an empty machine, such as Colab's."""
+    """Return parts A and B of the exercises for an empty machine, such as Colab's."""
     notebook = make_exercises()
     notebook.cells[0] = first_cell(COLAB)
     note = nbformat.v4.new_markdown_cell(COLAB_NOTE)
@@ -154,13 +180,11 @@ def make_colab():
 
 COLAB_NOTE = """\
 # On Colab, or on any empty machine
-Upload `mappo-class.zip`, which your teacher has sent you, and run the next cell. On Colab, you
+Upload `mappo-class.zip`, which your teacher sent you, and run the next cell. On Colab, you
 upload files in the panel behind the folder symbol on the left. The cell unpacks the ZIP, installs
-the packages, and goes to the folder of the exercises. Without the ZIP, it gets the project from an
-address, if you write one into its first line."""
+the packages, and goes to the folder of the exercises. Part C is a notebook of its own,
+`part_c.ipynb`. Copy the next cell to its top."""
 COLAB = """\
-CLONE = "https://github.com/OWNER/REPOSITORY"  # needed only without mappo-class.zip
-
 import os
 import shutil
 import subprocess
@@ -169,12 +193,9 @@ from pathlib import Path
 
 project = Path("mappo-class").resolve()
 if not project.exists():
-    if Path("mappo-class.zip").exists():
-        shutil.unpack_archive("mappo-class.zip")
-    elif "OWNER/" in CLONE:
-        raise SystemExit("Upload mappo-class.zip, or write an address into this cell's first line.")
-    else:
-        subprocess.run(["git", "clone", "--depth", "1", CLONE, str(project)], check=True)
+    if not Path("mappo-class.zip").exists():
+        raise SystemExit("Upload mappo-class.zip, then run this cell again.")
+    shutil.unpack_archive("mappo-class.zip")
 pip = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
 subprocess.run([*pip, str(project / "requirements.txt")], check=True)
 os.chdir(project / "teaching" / "student")
@@ -251,6 +272,7 @@ def without_places(text, folder):
 MAKERS = {
     "student/lesson.ipynb": make_student_lesson,
     "student/exercises.ipynb": make_exercises,
+    "student/part_c.ipynb": make_part_c,
     "student/colab.ipynb": make_colab,
     "teacher/lesson.ipynb": make_teacher_lesson,
     "teacher/solutions.ipynb": make_solutions,

@@ -5,10 +5,9 @@
 | name | what it shows |
 |---|---|
 | task | the test episode at its start: the robots and their goals |
-| paths | the same test episode as driven by IPPO after 10 and 15 iterations and by MAPPO after 15 |
-| arrow-maps | where the advantage pushes a robot, for both algorithms after 10 and 15 iterations |
+| arrow-maps | where the advantage pushes a robot, for both algorithms after 15 iterations |
 | value-curves | the value of a robot over its distance to its goal, the others at three distances |
-| bars | one unit of progress, alone or all together, to an exact critic of either kind, as bars |
+| bars | one unit of progress by robot 1, by all, or by the others, as two ideal critics see it |
 | bars-measured | the same for the trained critics and a step of 0.05 |
 | clipping | the clipped objective over the ratios of one more update of MAPPO |
 | film | both algorithms after 15 iterations, on the same test episode, as a GIF |
@@ -34,6 +33,11 @@ EPISODE = 78  # of the 200 test episodes; all but IPPO after 15 iterations succe
 ROBOTS = (("tab:blue", "-"), ("tab:orange", "--"), ("tab:green", ":"))  # color and line of each
 BOTH = {"mappo": ("tab:blue", "-", "MAPPO"), "ippo": ("tab:orange", "--", "IPPO")}
 STEP = 0.05  # how far a robot moves in the bars
+MOVERS = {  # the robots that move closer to their goals, and the title of their bars
+    (0,): "Only robot 1 drives",
+    (0, 1, 2): "All three drive",
+    (1, 2): "The others drive, robot 1 waits",
+}
 
 
 def save(name, figure, dpi=110):
@@ -85,50 +89,15 @@ def draw_task():
     save("task", figure)
 
 
-def draw_paths():
-    """Draw the paths of the chosen episode under three policies."""
-    figure = Figure(figsize=(13, 3.9), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, (name, iterations) in zip(
-        panels, (("ippo", 10), ("ippo", 15), ("mappo", 15)), strict=True
-    ):
-        positions, goals, success = play(kit.load_trained(name, iterations))
-        draw_square(axes, goals)
-        for robot, (color, line) in enumerate(ROBOTS):
-            axes.plot(*positions[:, robot].T, line, color=color, linewidth=2.5)
-            axes.add_patch(Circle(positions[0, robot].tolist(), 0.02, color=color))
-            end = positions[-1, robot].tolist()
-            axes.add_patch(Circle(end, 0.05, color=color, ec="black", zorder=3))
-            axes.text(*end, robot + 1, color="white", ha="center", va="center", weight="bold")
-        steps = len(positions) - 1
-        end = (
-            f"all at their goals after {steps} steps" if success else f"failed after {steps} steps"
-        )
-        axes.set_title(f"{BOTH[name][2]}, {iterations} iterations\n{end}", fontsize=14)
-    save("paths", figure)
-
-
 def draw_arrow_maps():
-    """Draw four arrow maps on one page, and those after 15 iterations on another."""
-    caption = (
-        "Where does the advantage push robot 1? Pale disc: its goal\n"
-        "thin green: toward the goal, thick red: away from it"
-    )
-    for name, columns, size, dpi in (
-        ("arrow-maps", (10, 15), (9.6, 10.4), 90),
-        ("arrow-maps-15", (15,), (10.4, 6), 110),
-    ):
-        figure = Figure(figsize=size, layout="constrained")
-        shape = (2, 2) if len(columns) == 2 else (1, 2)
-        panels = iter(figure.subplots(*shape, sharex=True, sharey=True).flatten())
-        for algorithm in BOTH:
-            for iterations in columns:
-                axes = next(panels)
-                away = kit.draw_arrow_map(axes, kit.load_trained(algorithm, iterations))
-                title = f"{BOTH[algorithm][2]}, {iterations} iterations: {away:.0%} point away"
-                axes.set_title(title, fontsize=14)
-        figure.suptitle(caption, fontsize=14)
-        save(name, figure, dpi)
+    """Draw the arrow maps of both algorithms after 15 iterations side by side."""
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    for axes, algorithm in zip(panels, BOTH, strict=True):
+        away = kit.draw_arrow_map(axes, kit.load_trained(algorithm, 15))
+        axes.set_title(f"{BOTH[algorithm][2]}: {away:.0%} point away", fontsize=24, pad=12)
+        axes.tick_params(labelsize=16)
+    save("arrow-maps", figure)
 
 
 def values_at(names, distances, others):
@@ -206,16 +175,16 @@ def one_step(names, movers, distance=0.3):
     return STEP * len(movers), values[1] - values[0]
 
 
-def draw_bars(name, heights, label, digits):
-    """Draw reward, change of V and advantage for both critics, for one robot and for all three.
+def draw_bars(name, heights, change_of_v, digits):
+    """Draw reward, change of V and advantage for both critics, in a panel for each of MOVERS.
 
-    `heights` is {(algorithm, number of robots that move): (reward, change of V)}.
+    `heights` is {(algorithm, robots that move): (reward, change of V)}, and `change_of_v` the name
+    of the latter.
     """
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    titles = {1: "Only robot 1 moves closer", 3: "All three robots move closer"}
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    panels = figure.subplots(1, 3, sharey=True)
     largest = max(abs(x) for pair in heights.values() for x in pair)
-    for axes, (movers, title) in zip(panels, titles.items(), strict=True):
+    for axes, (movers, title) in zip(panels, MOVERS.items(), strict=True):
         for place, algorithm in enumerate(BOTH):
             reward, change = heights[algorithm, movers]
             advantage = reward + change
@@ -229,17 +198,15 @@ def draw_bars(name, heights, label, digits):
                 gap = 0.02 * largest if height >= 0 else -0.02 * largest
                 side = "bottom" if height >= 0 else "top"
                 text = f"{height:+.{digits}f}" if abs(height) > 1e-6 else "0"
-                axes.text(where, height + gap, text, ha="center", va=side, fontsize=15)
+                axes.text(where, height + gap, text, ha="center", va=side, fontsize=18)
         axes.axhline(0, color="black", linewidth=1)
         axes.axvline(3, color="black", linewidth=0.5, linestyle=":")
-        bars = ["reward", "change\nof V", "advan-\ntage"]
-        axes.set_xticks([0, 1, 2, 4, 5, 6], bars + bars, fontsize=13)
-        axes.set_title(title, fontsize=15, pad=10)
+        axes.set_xticks([0, 1, 2, 4, 5, 6], 2 * ["r", change_of_v, "A"], fontsize=20)
+        axes.set_title(title, fontsize=20, pad=10)
         for place, algorithm in enumerate(BOTH):
             middle, top = 1 + 4 * place, 1.22 * largest
-            axes.text(middle, top, BOTH[algorithm][2], ha="center", weight="bold", fontsize=15)
+            axes.text(middle, top, BOTH[algorithm][2], ha="center", weight="bold", fontsize=18)
     panels[0].set_ylim(-1.25 * largest, 1.4 * largest)
-    panels[0].set_ylabel(label, fontsize=13)
     panels[0].set_yticks([])
     save(name, figure)
 
@@ -249,9 +216,10 @@ def draw_ideal_bars():
     slopes = {"mappo": 1, "ippo": 3}
     heights = {}
     for name, slope in slopes.items():
-        heights[name, 1] = (1, -slope)
-        heights[name, 3] = (3, -3)  # the team is 3 closer, and both critics know it
-    draw_bars("bars", heights, "one unit of progress", 0)
+        heights[name, (0,)] = (1, -slope)
+        heights[name, (0, 1, 2)] = (3, -3)  # the team is 3 closer, and both critics know it
+        heights[name, (1, 2)] = (2, slope - 3)  # MAPPO's V_1 falls by 2, IPPO's stays
+    draw_bars("bars", heights, "ΔV", 0)
 
 
 def draw_measured_bars():
@@ -259,10 +227,10 @@ def draw_measured_bars():
     heights = {}
     for name in BOTH:
         names = kit.load_trained(name, 15)
-        for robots in (1, 3):
-            reward, change = one_step(names, range(robots))
-            heights[name, robots] = (reward, names["c"] * change)
-    draw_bars("bars-measured", heights, f"a step of {STEP}, change of V times c", 2)
+        for movers in MOVERS:
+            reward, change = one_step(names, movers)
+            heights[name, movers] = (reward, names["c"] * change)
+    draw_bars("bars-measured", heights, "cΔV", 2)
 
 
 def ratios_after_an_update():
@@ -371,7 +339,6 @@ def draw_film():
 
 DRAWERS = {
     "task": draw_task,
-    "paths": draw_paths,
     "arrow-maps": draw_arrow_maps,
     "value-curves": draw_value_curves,
     "bars": draw_ideal_bars,

@@ -179,13 +179,21 @@ def toy_slope(critic, reward, gamma=0.99, spread=0.33, n_robots=3):
 
 
 def show_tables():
-    """Print the metrics of the five runs of the exercise about silent bugs."""
+    """Print the metrics of the five runs of the exercise about silent bugs.
+
+    Names stand on two lines, so that a row fits on a laptop's screen.
+    """
     hidden = {"iteration", "frames", "loss_objective", "loss_entropy"}
     for path in sorted((HERE / "silent_bug").glob("run_*.csv")):
         with open(path, newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
         names = [name for name in rows[0] if name not in hidden and not name.startswith("test_")]
-        print(f"{path.stem}\n{'iteration':>9}" + "".join(f"{name:>20}" for name in names))
+        heads = [name.partition("_")[::2] for name in names]
+        widths = [max(len(first) + 2, len(second) + 2, 9) for first, second in heads]
+        print(path.stem)
+        for line in zip(*heads, strict=True):
+            print("   " + "".join(f"{x:>{width}}" for x, width in zip(line, widths, strict=True)))
         for number, row in enumerate(rows, start=1):
-            print(f"{number:>9}" + "".join(f"{float(row[name]):>20.4g}" for name in names))
+            numbers = zip((float(row[name]) for name in names), widths, strict=True)
+            print(f"{number:>3}" + "".join(f"{x:>{width}.3g}" for x, width in numbers))
         print()

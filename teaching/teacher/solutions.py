@@ -5,14 +5,13 @@
 #
 # | part | exercises | when |
 # |---|---|---|
-# | A. See it | 1 to 5 a | in class |
-# | B. Build it | 6 to 10 | at home, in this order; each uses the one before |
-# | C. Work like a detective | 5 b and c, 11 to 13 | at home, after the class, in any order |
+# | A. See it | 1 to 5 a | in class, 5 a also at home |
+# | B. Build it | 6 to 10 | at home, in this order; 9 and 10 use 7 and 8 |
+# | C. Work like a detective | 5 b and c, 11 to 13 | after class, in any order |
 #
 # One star means that you can do it with what you have just heard. Two stars need a pencil. Three
-# stars need an evening. The minutes include reading.
-#
-# Part C gives away what you predict in class, so leave it closed until then.
+# stars need an evening. Times include reading. If you do an exercise for a grade, hand in this
+# notebook and what the exercise asks for.
 
 # %% id="start"
 import os
@@ -38,11 +37,12 @@ else:
 # # A. See it
 # ## 1. Whose value changes? (★, 3 minutes)
 # Suppose that agent 1's observation changes, and all the others stay the same. Whose values change?
-# Write down a list of agents for each algorithm. Agents are numbered from 0. There are three.
+# Write down a list of agents for each algorithm. There are three, numbered 0, 1 and 2.
 #
 # <details><summary>Hint</summary>
 #
-# Look at the diagram at the top of the lesson, and follow the arrows that start at o_1.
+# Look at the diagram at the top of the lesson. It counts from 1, so agent 1 observes what is called
+# o_2 there. Follow the arrows that start at o_2.
 #
 # </details>
 
@@ -64,7 +64,7 @@ checks.whose_value_changes(prediction)
 # variance 1, and any two numbers have the correlation rho. A local critic sees x_i alone and
 # predicts the *sum* of all numbers. Predict two things for each case:
 #
-# 1. its explained variance, between 0 and 1
+# 1. its explained variance, between 0 and 1, to two decimal places
 # 2. its slope, which is how much its value rises if x_i alone rises by 1
 #
 # Then say which critic you would ask what an agent's own number is worth: the `"local"` one, the
@@ -105,8 +105,8 @@ checks.what_a_critic_says(prediction, trust)
 
 # %% [markdown] id="solution_2"
 # The slope is 1 + (n - 1) rho, because a local critic expects the others along with x_i. The
-# explained variance is the slope divided by n, so the better such a critic predicts, the wronger it
-# is about a change in x_i alone.
+# explained variance is the slope divided by n, so the better such a critic predicts, the further
+# off its slope is.
 
 # %% [markdown] id="exercise_3"
 # ## 3. Find the bug (★, 5 minutes)
@@ -115,8 +115,16 @@ checks.what_a_critic_says(prediction, trust)
 #
 # <details><summary>Hint</summary>
 #
-# Look at the picture of a row of the batch in Section 5. What stands in the row after the last step
-# of an episode? Which argument has not been used?
+# A row of a batch may look like this:
+#
+# ```
+#     step   0                          46 47                                          99
+#            |------ first episode ------| |-------------- second episode --------------|
+#                              terminated                                       cut off
+# ```
+#
+# What is in the row after the last step of an episode? Which argument helps where two episodes
+# meet?
 #
 # </details>
 
@@ -141,9 +149,9 @@ checks.find_the_bug(delta)
 # %% [markdown] id="exercise_4"
 # ## 4. Predict, then look (★, 7 minutes)
 # Which success rates do you expect from MAPPO and IPPO after 10 and after 15 iterations? Copy your
-# numbers, between 0 and 1, from part 2 of the prediction sheet. Nobody loses anything by a wrong
-# prediction. The check plays 200 test episodes with policies from default runs with seed 0, and
-# takes half a minute. What the slides show is the mean of ten seeds, so it differs a little.
+# numbers, between 0 and 1, from part 2 of the prediction sheet. A wrong prediction costs you
+# nothing. The check plays 200 test episodes with policies from default runs with seed 0, and takes
+# half a minute.
 
 # %% id="blank_4"
 prediction = {  # (algorithm, iterations): success rate
@@ -164,7 +172,7 @@ checks.look(prediction)
 # %% [markdown] id="exercise_4_maps"
 # Now look at what the two critics teach. The lesson's arrow map shows in which direction the
 # advantage pushes robot 1 at each place. Thin green arrows point toward its goal, thick red ones
-# away from it. Which map belongs to the policy that surprised you?
+# away from it. What would each of the two critics make of a robot that is nearly at its goal?
 
 # %% id="maps_4"
 names = {name: kit.load_trained(name, 15) for name in ("mappo", "ippo")}
@@ -193,8 +201,8 @@ kit.plot(draw, columns=2, size=(11, 5.6))
 # much the value falls if one robot comes closer by 1 and the others stay where they are. The code
 # is the function `toy_slope` in kit.py.
 #
-# **a)** Predict the four slopes. Write 1/3, 1 or 2. The centralized critic has one value for the
-# whole team.
+# **a)** Is each of the four slopes about 1/3, about 1, or clearly more than 1? Write 1/3, 1 or 2.
+# The centralized critic has one value for the whole team.
 
 # %% id="blank_5a"
 slopes = {  # (critic, reward): slope
@@ -214,16 +222,18 @@ checks.slopes_of_four(slopes)
 
 # %% [markdown] id="solution_5a"
 # The distances of robots that drive home together are correlated, so a local critic takes a robot's
-# own progress as a sign of everybody's, and its slope is nearly 1 + 2 rho. The centralized critic
-# with individual rewards has a wrong slope, too, but one that is too small, and that does no harm:
-# progress keeps a positive advantage.
+# own progress as a sign of everybody's. Its slope is 1.59, which is less than 1 + 2 rho = 1.93,
+# because of discounting. The centralized critic with individual rewards has a wrong slope, too, but
+# one that is too small, and that does no harm: progress keeps a positive advantage.
 
 # %% [markdown] id="exercise_6"
 # # B. Build it
 # ## 6. The centralized critic (★★, 8 minutes)
 # Write the forward pass of MAPPO's critic. The lesson has one, so close it. Join the observations
 # of all agents, apply the linear layers with a tanh between them, and return the team's value for
-# each agent.
+# each agent. There may be any number of agents and of layers.
+#
+# **Hand in:** the line that makes the critic centralized.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -267,6 +277,8 @@ checks.centralized_critic(centralized_critic)
 # Implement GAE with a loop that runs backward from the last step. All tensors have the same shape,
 # with the steps first, such as (steps, environments, agents). `done` ends the sum. `terminated`
 # also means that nothing more can be earned. You need this function again in exercise 10.
+#
+# **Hand in:** one sentence each on what `done` and `terminated` do.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -312,7 +324,9 @@ checks.gae(gae)
 # Write the objective of each sample. Then say in which of the six cases its gradient is 0. Each
 # case combines the sign of the advantage with a ratio below, inside or above the range from
 # 1 - epsilon to 1 + epsilon. Finally, suppose that the ratio of each of three agents is 1.2, the
-# upper end of the range. What is the ratio of their joint action?
+# upper end of the range. What is the ratio of their joint action, to two decimal places?
+#
+# **Hand in:** a sketch of the objective over the ratio, for A = 1 and for A = -1.
 #
 # <details><summary>Hint 1</summary>
 #
@@ -372,6 +386,8 @@ checks.clipped_objective(clipped_objective, zero_gradient, team_ratio)
 # The check takes one step of gradient descent with your loss and one with TorchRL's, and compares
 # the weights.
 #
+# **Hand in:** what differs from single-agent PPO, in a list.
+#
 # <details><summary>Hint 1: shapes</summary>
 #
 # Log-probabilities have the shape (frames, n_agents), and everything else has a last dimension of
@@ -417,8 +433,11 @@ checks.complete_update(my_loss)
 # Now train two robots with your own pieces. Write `train`, which takes a number of iterations and
 # returns a function from observations, of shape (environments, 2, 18), to actions of the same shape
 # but with 2 numbers each, between -1 and 1. `train(0)` returns an untrained policy. Use `gae` and
-# `clipped_objective` from above, VMAS and PyTorch, and nothing of TorchRL. Aim at fifty lines and
-# at one minute for 12 iterations. The check wants success in 60% of the test episodes.
+# `clipped_objective` from above, VMAS and PyTorch, and nothing of TorchRL. Aim for fifty lines and
+# one minute for 12 iterations. The check requires success in 60% of the test episodes, and that
+# each robot acts on its own observation alone.
+#
+# **Hand in:** one experiment of your own, as a question, what you changed, and what came out.
 #
 # This is how VMAS works without TorchRL:
 #
@@ -428,9 +447,10 @@ checks.complete_update(my_loss)
 # observations, rewards, done, info = env.step(list_with_one_action_tensor_per_robot)
 # ```
 #
-# Observations and rewards come as a list with one tensor for each robot, and `done` is True where
-# both robots are at their goals. An environment does not reset itself, so play 100 steps in all of
-# them, and leave out the frames after the first `done`.
+# Observations and rewards come as a list with one tensor for each robot. `done`, of shape (60,), is
+# True where both robots are at their goals. Your `gae` takes tensors of one shape, here (100, 60,
+# 2), so give `done` a dimension for the robots. An environment does not reset itself, so play 100
+# steps in all of them, and leave out the frames after the first `done`.
 #
 # <details><summary>Hint 1: the outline</summary>
 #
@@ -532,18 +552,21 @@ checks.two_robots(train)
 # %% [markdown] id="solution_10"
 # Nothing of TorchRL is in here, and the order is that of Section 8: collect, estimate, update,
 # throw away. The centralized critic appears in one line, and replacing `seen.flatten(-2)` by `seen`
-# (with
-# 18 inputs) would make it IPPO.
+# (with 18 inputs) would make it IPPO.
 
-# %% [markdown] id="part_c" jp-MarkdownHeadingCollapsed=true
+# %% [markdown] id="part_c"
 # # C. Work like a detective
-# Open this part after the class. It gives away what you predict there.
+# This part is for after class, in any order. It gives away what you predict there.
 
 # %% [markdown] id="exercise_5b"
 # ## 5, continued: What turns a loss into a gain? (★★, 8 minutes)
 # **b)** A unit of progress earns a reward of 1 and lowers the value by the slope. What advantage
-# does it have over standing still? Use c from Section 10, because a robot that has come closer
-# stays closer.
+# does it have over standing still? A robot that has come closer stays closer, so the change of its
+# value lasts. Of a lasting change, the advantage contains the fraction
+#
+#     c = gamma (1 - lmbda) / (1 - gamma lmbda)
+#
+# because later deltas take a part of it back.
 
 
 # %% id="blank_5b"
@@ -561,8 +584,10 @@ checks.advantage_of_progress(advantage_of_progress)
 # %% [markdown] id="exercise_5c"
 # **c)** With gamma 0.99 and lmbda 0.9, progress is a loss to a local critic with a shared reward.
 # Two knobs can turn that into a gain. One is `gamma`. The other is `spread`, which says how much
-# the robots' speeds differ. Find the largest gamma with two decimals (spread 0.33), and the
-# smallest spread with one decimal (gamma 0.99), for which progress is a gain. The plot helps.
+# the robots' speeds differ. Find the largest gamma, to two decimal places (spread 0.33), and the
+# smallest spread, to one (gamma 0.99), for which progress is a gain. The plot helps.
+#
+# **Hand in:** one sentence for each knob on why it turns the sign.
 
 # %% id="plot_5"
 gammas = [0.90, 0.92, 0.94, 0.96, 0.98, 0.99]
@@ -597,9 +622,9 @@ turning = {"gamma": 0.97, "spread": 0.9}
 checks.where_the_sign_flips(advantage_of_progress, turning)
 
 # %% [markdown] id="solution_5c"
-# A smaller gamma shrinks the slope, because the others' progress counts less the later it comes. A
-# larger spread of speeds shrinks the correlation. Either is enough to bring c times the slope below
-# 1, and then progress is a gain.
+# A smaller gamma shrinks the slope, because the others' progress counts less the later it comes. It
+# also shrinks c. A larger spread of speeds shrinks the correlation. Either is enough to bring c
+# times the slope below 1, and then progress is a gain.
 
 # %% [markdown] id="exercise_11"
 # ## 11. The silent bug (★★, 12 minutes)
@@ -615,11 +640,13 @@ checks.where_the_sign_flips(advantage_of_progress, turning)
 # | `"critic not trained"` | the critic's weights never changed |
 # | `"ratio always 1"` | the old log-probabilities were recomputed before each gradient step |
 #
+# **Hand in:** for each run, the column that gave it away.
+#
 # <details><summary>Hint</summary>
 #
-# Go through the tables of Section 8 column by column. A learning rate shows in kl_approx and
-# clip_fraction, and a critic in loss_critic and explained_variance. What does a ratio of 1 make of
-# the two measures of how far the policy moves?
+# Compare the five runs column by column. A learning rate shows in kl_approx and clip_fraction, and
+# a critic in loss_critic and explained_variance. What does a ratio of 1 make of the two measures of
+# how far the policy moves?
 #
 # </details>
 
@@ -646,7 +673,8 @@ checks.silent_bugs(answers)
 
 # %% [markdown] id="exercise_11b"
 # Now find one of these mistakes. The file silent_bug/program_with_a_bug.py is the lesson's code up
-# to the training loop, and one of its lines is wrong. Write down that line as it should be.
+# to the training loop, and one of its lines is wrong. Write down that line as it should be, as a
+# string.
 
 # %% id="blank_11b"
 # solution: repaired = None  # the corrected line, in quotes
@@ -664,9 +692,12 @@ checks.repaired_line(repaired)
 # %% [markdown] id="exercise_12"
 # ## 12. Help the one that fails (★★, 5 minutes, plus 2 to train)
 # In exercise 4, one of the two algorithms failed after 15 iterations. Change *one* option of the
-# lesson so that it succeeds. Write it as on the command line, for example `["--lr", "1e-3"]`. The
-# team, the task and the number of iterations stay as they are. With `TRAIN = True`, the check
-# trains for two minutes or so, and only the success rate decides.
+# lesson so that it succeeds. Write it as on the command line, for example `["--lr", "1e-3"]`.
+# Options of the scenario are written as JSON, for example `'{"lidar_range": 0.5}'`. (This one is
+# refused, because the robots, the task and the number of iterations stay as they are.) If TRAIN is
+# True, the check trains for two minutes or so, and only the success rate decides.
+#
+# **Hand in:** what your option does to the slope, to the correlation, or to c.
 #
 # <details><summary>Hint</summary>
 #
@@ -682,18 +713,22 @@ edit = ["--gamma", "0.9"]
 # end of solution
 
 # %% id="check_12"
-checks.help_the_one_that_fails(edit, TRAIN)
+checks.one_change(edit, TRAIN)
 
 # %% [markdown] id="solution_12"
 # A gamma of 0.9 works, and so do individual rewards, `["--scenario-options", '{"shared_rew":
-# false}']`. The first shrinks the slope because the others' progress lies beyond the horizon, and
-# the second takes it out of the return. With lmbda 1, neither algorithm learns the task in time.
+# false}']`. With the first, the slope shrinks, because the others' progress lies beyond the
+# horizon, and c falls from 0.91 to 0.47. We do not know which of the two matters. The second takes
+# the others' progress out of the return. With lmbda 1, neither algorithm learns the task in time.
 
 # %% [markdown] id="exercise_13"
 # ## 13. Tell the critic one number (★★★, 10 minutes, plus 2 to train)
 # Does a local critic become as good as a centralized one if it is told a single number, the sum of
 # the other robots' remaining distances? Write down your guess, then write the function. Entries 4
-# and 5 of an observation are the robot's position minus its goal.
+# and 5 of an observation are the robot's position minus its goal. Another program trains with your
+# function, so it can use `torch`, but nothing else from this notebook.
+#
+# **Hand in:** the guess, written before you train, and the result beside it.
 
 
 # %% id="blank_13"

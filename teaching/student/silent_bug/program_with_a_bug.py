@@ -99,16 +99,15 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # one full episode each per batch
+        return self.frames_per_batch // self.max_steps  # each plays one full episode per batch
 
 
 cfg = Config()
 
 # %%
 rank, world_size = 0, 1  # the index of this process, and how many there are
-# These do not affect learning, except for n_iters if the learning rate is annealed.
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
-BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
+# These settings do not affect learning, except n_iters when the learning rate is annealed.
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters", "evaluation_interval"}
 
 
 class Run:
@@ -159,7 +158,7 @@ def make_env(num_envs, seed):
         num_envs=num_envs,
         seed=seed,
         device=cfg.device,
-        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,  # stack the agents, under "agents"
+        group_map=MarlGroupMapType.ALL_IN_ONE_GROUP,  # stack the agents under "agents"
         scenario_kwargs={"n_agents": cfg.n_agents, **cfg.scenario_options},
     )
     return simulator.append_transform(StepCounter(cfg.max_steps))
@@ -321,6 +320,7 @@ learner = {"policy": policy, "critic": critic, "optimizer": optimizer, "best_pol
 navigation = scenario == "navigation"
 success_key = "success_rate" if navigation else "terminated_rate"
 test_key = f"test_{success_key}"
+best_key = test_key if navigation else "test_episode_reward"  # chooses the best policy
 
 
 def measure(data):
@@ -397,8 +397,7 @@ for iteration in progress:
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
         row |= {f"test_{key}": value for key, value in evaluate(policy).items()}
-        best = max((old.get(test_key, 0.0) for old in history), default=0.0)
-        if row[test_key] >= best:
+        if all(row[best_key] >= old.get(best_key, row[best_key]) for old in history):
             best_policy.load_state_dict(policy.state_dict())
     history.append(row)
     run.save(history, learner)
