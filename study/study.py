@@ -85,7 +85,7 @@ PLAN = [
     Experiment("one-number", THIRTY, f"others' distance + {SLOPES}", IPPO),
     Experiment("bootstrapped", THIRTY, f"arrivals bootstrapped + {SLOPES}", IPPO),
     Experiment("lambda", f"{THIRTY} --lmbda 1", SLOPES, IPPO),
-    Experiment("lambda-0.99", f"{TWENTY} --lmbda 0.99", SLOPES, IPPO),
+    Experiment("lambda-0.99", f"{TWENTY} --lmbda 0.99", SLOPES),
     Experiment("two-critics", FIFTEEN, f"two critics + {SLOPES}"),
     Experiment("value-norm", THIRTY, f"value_normalization + {SLOPES}", IPPO),
     # The defaults again, on seeds that nobody had seen while the defaults were chosen.
