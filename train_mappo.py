@@ -303,9 +303,9 @@ def check_scenario(cfg):
     own = isinstance(name, type)
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
-    words = f"without {', '.join(taken)}, which other settings decide"
+    words = f"a dictionary without {', '.join(taken)}, which is set elsewhere"
     require(cfg, "scenario_options", not taken, words)
-    with warnings.catch_warnings():  # about unknown options and too little room are errors
+    with warnings.catch_warnings():  # about unknown options or too little room become errors
         warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
         warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
         try:
@@ -337,7 +337,7 @@ def check(cfg):
     words = f"a multiple of {steps}, which is max_steps times the number of processes"
     require(cfg, "frames_per_batch", frames % steps == 0, words)
     fits = frames % minibatch == 0 and minibatch % world_size == 0 and minibatch >= 2 * world_size
-    words = f"a divisor of {frames}, of which each process gets the same number, 2 or more"
+    words = f"a divisor of {frames} that gives each process the same number of frames, at least 2"
     require(cfg, "minibatch_size", fits, words)
     gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     devices = ["cpu", "cuda"] if gpus >= local else ["cpu"]
@@ -364,7 +364,7 @@ def read_run(folder):
     except OSError as error:
         raise BadInput(f"{here} a folder that can be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        words = f"{here} that of a run, and its {path.name} is damaged or from another version"
+        words = f"{here} the folder of a run. Its {path.name} is damaged or from another version"
         raise BadInput(words) from error
     other = [name for name in names if not name.startswith(".")]
     if other and not saved:
@@ -424,7 +424,7 @@ def read_command_line(cfg):
         saved = read_run(folder) if cfg.run_folder else None
         now, then = record_of(cfg), saved["config"] if saved else {}
         names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
-        names -= set() if torch.cuda.is_available() else {"device"}  # perhaps it had a GPU
+        names -= set() if torch.cuda.is_available() else {"device"}  # it may have used a GPU
         kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
         cfg = replace(cfg, **kept)
         check(cfg)
@@ -455,7 +455,7 @@ class SavedRun(Run):
         reason = "unless you run everything below Section 1 again"
         require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, reason)
         if learner["optimizer"].state and not saved:
-            raise BadInput("These networks are trained. For a new run, begin with Section 4")
+            raise BadInput("The networks are trained already. For a new run, start from Section 4")
         prepare_folder(cfg, folder, saved)
         launcher = "python" if world_size == 1 else "torchrun ..."
         self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
@@ -480,7 +480,7 @@ class SavedRun(Run):
             for name, part in learner.items():
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError) as error:
-            raise BadInput(f"run_folder is '{self.folder}', but its networks do not fit") from error
+            raise BadInput(f"run_folder is '{self.folder}', but its networks differ") from error
         print(f"Resuming {self.folder}: {len(history)} of {cfg.n_iters} iterations are done")
         if saved["world_size"] != world_size:
             print(f"Number of processes: {saved['world_size']} before, {world_size} now")
@@ -691,9 +691,10 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # network learns from every agent's experience. The cost is that agents with identical observations
 # behave alike, so a task that needs specialists may need agent IDs or separate networks.
 #
-# *Initialization.* The weight matrices are orthogonal. Those in the policy's last layer are small,
-# so at first the actions are spread widely, no matter what a robot observes. Andrychowicz et al.
-# (2021, arXiv:2006.05990) found these small weights to be among the choices that matter most.
+# *Initialization.* The weight matrices are orthogonal. Those in the policy's last layer have small
+# entries, so at first the actions are spread widely, no matter what a robot observes. Andrychowicz
+# et al. (2021, arXiv:2006.05990) found these small weights to be among the choices that matter
+# most.
 
 
 # %% id="initialization"
@@ -984,8 +985,8 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # How much better than expected was an action? *Generalized advantage estimation* (Schulman et al.
 # 2016, arXiv:1506.02438) adds up the critic's prediction errors from the step of that action
 # onward, with weights that are multiplied by gamma lmbda at each step. The larger `lmbda` is, the
-# more the collected rewards count and the less the critic does, which lowers the bias and raises
-# the variance.
+# more the collected rewards count and the less the critic's values count, which lowers the bias and
+# raises the variance.
 #
 #     delta_i(t) = r_i(t) + gamma (1 - terminated(t)) V_i'(t) - V_i(t)
 #     A_i(t)     = delta_i(t) + gamma lmbda (1 - done(t)) A_i(t+1)
@@ -1199,8 +1200,8 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # Two cells set up what the loop needs. The first names the run's folder and starts its history. The
 # second defines the metrics. They cover only the first episode in each environment, because later
 # ones have less time left in the batch. In training, actions are sampled. In a test, the policy
-# acts deterministically and plays the same episodes each time. The best policy so far is kept,
-# chosen by success rate or, in other scenarios, by reward.
+# acts deterministically and plays the same episodes each time. The best policy so far is kept, by
+# success rate in navigation and by reward in other scenarios.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
@@ -1286,8 +1287,8 @@ for iteration in progress:
     row = {"iteration": iteration, "frames": (iteration + 1) * cfg.frames_per_batch}
     row |= measure(batch)
     row |= {name: losses[name].item() for name in update_metrics}
-    unexplained = frames["advantage"].var() / frames["value_target"].var()  # target minus value
-    row["explained_variance"] = 1 - unexplained.item()
+    unexplained = frames["advantage"].var() / frames["value_target"].var()
+    row["explained_variance"] = 1 - unexplained.item()  # an advantage is a target minus a value
     row["advantage_std"] = frames["advantage"].std().item()
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
@@ -1388,9 +1389,9 @@ for key in evaluation["trained"]:
 #
 # ### What a wrong value costs
 # V_i' stands in for everything that comes after a step, so an error in it enters the advantage.
-# Suppose that robot 1 moves. From then on, it is in another position, and its value is too high by
-# 1. Each delta (Section 6) that contains this value changes, and the advantage of the move adds up
-#    the changes:
+# Suppose that robot 1 moves. From then on, it is in another position, and its value is 1 too high.
+# Each delta (Section 6) that contains this value changes, and the advantage of the move adds up the
+# changes:
 #
 # | delta of | changes by | weight in A_1 | adds to A_1 |
 # |---|---|---|---|
@@ -1399,10 +1400,11 @@ for key in evaluation["trained"]:
 # | the one after that | gamma - 1 = -0.01 | (gamma lmbda)^2 = 0.794 | -0.008 |
 # | all steps | | | c = 0.91 |
 #
-# In the delta of the move, only V_1' is wrong. In later deltas, V_1' and the baseline V_1 are both
-# wrong and nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage
-# inherits nine tenths of a lasting error**. Less remains if the episode succeeds soon afterward,
-# because the last delta then contains only the wrong baseline. More remains if it is cut off.
+# In the delta of the move, only V_1' is wrong. In later deltas, V_1' and V_1 are both wrong and
+# nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage inherits
+# nine tenths of a lasting error**. Less remains if the episode succeeds soon afterward, because the
+# last delta then contains the wrong V_1 only. More remains if it is cut off. The same sum holds for
+# any lasting change in value, right or wrong.
 #
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
@@ -1525,15 +1527,16 @@ if sees_own_goal:
 # ```
 #
 # The centralized critic's value drops by what has just been earned. Robot 1's own critic lowers its
-# value by *more than that*, as if all three had moved. Whoever drives is punished, and whoever
-# waits is rewarded.
+# value by *more than that*, as if all three had moved. The same difference results whatever the
+# others do, because their part of the reward does not depend on robot 1's choice. So while the
+# others drive, robot 1 is better off waiting.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. In this example,
 # it is 1 for the centralized critic and 3 for the local one. A unit of progress changes the
-# advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. The
-# true value of the full state, under a policy that reaches its goals, has a slope below 1, because
-# a unit that would be earned anyway, T steps later, counts for only gamma^T. This slope grows
-# toward the goal, and where a slope grows like that, the threshold is 1 / gamma = 1.01.
+# advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**, or
+# above 1 / gamma = 1.01 where it grows toward the goal so that all later deltas cancel. With
+# discounting, the true value of the full state has a slope below 1, because a unit that would be
+# earned anyway, T steps later, counts for only gamma^T. That leaves MAPPO more than 0.09.
 #
 # The next cell measures the slope of your critic on a new batch. It moves one robot in the critic's
 # input and leaves its velocity and lidar readings as they were, so the critic judges situations
@@ -1564,19 +1567,19 @@ def value_slope(step=0.05):
 
 if sees_own_goal:
     slope = value_slope()
-    print(f"{algorithm}, {len(history)} iterations: the value's slope is s = {slope:.2f}")
+    print(f"{algorithm}, {len(history)} iterations: the value has slope s = {slope:.2f}")
     print(f"advantage of a unit of progress: 1 - {c:.2f} s = {1 - c * slope:.2f}")
 
 # %% [markdown]
 # MAPPO:
 # ```
-# MAPPO, 10 iterations: the value's slope is s = 0.37
+# MAPPO, 10 iterations: the value has slope s = 0.37
 # advantage of a unit of progress: 1 - 0.91 s = 0.67
 # ```
 #
 # IPPO:
 # ```
-# IPPO, 10 iterations: the value's slope is s = 1.03
+# IPPO, 10 iterations: the value has slope s = 1.03
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
@@ -1592,62 +1595,68 @@ if sees_own_goal:
 # | centralized | shared | 1 | 0.35 | 0.60 | 0.45 | 0.99 |
 # | centralized | individual | 1/3 | 0.12 | 0.20 | 0.82 | 0.99 |
 #
-# All slopes grow from iteration 10 to 15, but stay below those of Section 4, probably because of
-# discounting, failed episodes, and critics that are still learning. Only in the first row does the
-# slope pass 1.1. With every seed, it does so after 11 or 12 iterations, and within two more, IPPO's
-# success rate in tests has fallen to less than half of its best. All the while, the explained
-# variance rises, from 0.84 after 10 iterations to 0.95 after 15.
+# A new critic is nearly flat, so at first, the reward decides, and both algorithms learn. Then all
+# slopes grow. They are ordered as in Section 4, but smaller, probably because of discounting,
+# failed episodes, and critics that are still learning. Only in the first row does the slope pass
+# 1.1. With every seed, it does so after 11 or 12 iterations, and within two more, IPPO's success
+# rate in tests has fallen to less than half of its best. All the while, the explained variance
+# rises, from 0.84 after 10 iterations to 0.95 after 15.
 #
 # Not everything fits. The local critic's slope is 2.5 times the centralized one's, not 1.8 times.
-# The success rate begins to fall a little before the mean slope passes 1.1, when the slope is above
-# 1.1 for about a third of the robots' positions in the batch. Later, IPPO's robots no longer arrive
-# together, so rho and the slope fall again, and the reward recovers for a while. But the success
-# rate has not recovered by iteration 50, and we do not know why.
+# The success rate begins to fall shortly before the mean slope passes 1.1, when the slope is above
+# 1.1 for about a third of the robots' positions in the batch. Later, the slope falls again and the
+# reward recovers for a while, but the success rate has not recovered by iteration 50. We do not
+# know why.
 #
 # ### Baseline or bootstrap value?
 # Section 6 says that an error in the baseline averages out, while one in the bootstrap value does
-# not. To test this, train both critics at once on the same targets. One of them provides V_i' for
-# the targets, the other one is the baseline, and the advantage is the target minus that baseline.
-# The table shows averages over ten seeds.
+# not. To test this, train both critics at once on the same targets. One of them provides all values
+# in the targets, the other one is the baseline, and the advantage is the target minus that
+# baseline. The table shows averages over ten seeds.
 #
-# | V_i' from | baseline from | slope after 15 iterations | success after 10 | after 15 |
+# | targets from | baseline from | slope after 15 iterations | success after 10 | after 15 |
 # |---|---|---|---|---|
 # | local critic | local critic (IPPO) | 1.54 | 0.90 | 0.04 |
 # | local critic | centralized critic | 1.34 | 0.73 | 0.24 |
 # | centralized critic | local critic | 0.48 | 0.77 | 0.85 |
 # | centralized critic | centralized critic (MAPPO) | 0.60 | 0.95 | 0.99 |
 #
-# The slope is that of the critic that provides V_i'. Two different critics learn more slowly than
-# one, but the policy unlearns the task only where the bootstrap value comes from a local critic.
+# The slope is that of the critic that provides the targets. With two different critics, learning is
+# slower, but the policy unlearns the task only where the bootstrap value comes from a local critic.
 #
 # ### What theory says
 # The observation o_i' is not a Markov state, because how much the team will still earn depends on
 # where the others are. Together, o_i, a_i and o_i' tell you more about that than o_i' alone, since
 # a robot's own move does not move the others. But V_i' is computed from o_i' alone, so
-# bootstrapping from it is biased. Lyu et al. (2021, arXiv:2102.04402) prove that the two kinds of
-# critic give the same gradient in expectation. But they assume action-value critics that have
-# converged, and a local one that sees its agent's whole *history*, which includes the step just
-# taken. They also prove that a centralized critic never lowers the variance.
+# bootstrapping from it is biased. This does not contradict Lyu et al. (2021, arXiv:2102.04402).
+# They prove that the two kinds of critic give the same gradient in expectation. But they assume
+# action-value critics that have converged, and a local one that sees its agent's whole *history*,
+# which includes the step just taken. They also prove that a centralized critic does not lower the
+# variance.
 #
 # ### When does a centralized critic pay off?
-# By this account, the failure requires four conditions. What the critic cannot see makes up much of
-# the return, is positively *correlated* with what it sees, and lies within the horizon, which is
-# about 1 / (1 - gamma) steps. And the advantages rely on bootstrapping, so c is not small. A
-# centralized critic removes the first condition. If you weaken any of them enough in another way,
+# By this account, four conditions must come together.
+#
+# 1. What the critic cannot see makes up much of the return.
+# 2. It is positively *correlated* with what the critic sees.
+# 3. It lies within the horizon, which is about 1 / (1 - gamma) steps.
+# 4. The advantages rely on bootstrapping, so c is not small.
+#
+# A centralized critic removes the first condition. If you weaken any of them enough in another way,
 # progress should no longer look like a loss. The table shows slopes and success rates after 15
 # iterations, averaged over ten seeds. Cells are empty where no runs were made. The code for each
-# change is in `study/variants.py` or in the cookbook.
+# change is in the folder `study` or `cookbook`.
 #
-# | change | removes | IPPO's slope | IPPO's success | MAPPO's |
+# | change | weakens | IPPO's slope | IPPO's success | MAPPO's |
 # |---|---|---|---|---|
 # | none | | 1.54 | 0.04 | 0.99 |
-# | the critic also sees the sum of the others' distances | what the critic cannot see | | 0.99 | |
-# | individual rewards | the others' share of the return | 0.65 | 1.00 | 0.99 |
-# | gamma = 0.9 | the long horizon, and half of c | | 1.00 | 0.99 |
+# | the critic also sees the sum of the others' distances | 1 | | 0.99 | |
+# | individual rewards | 1 | 0.65 | 1.00 | 0.99 |
+# | gamma = 0.9 | 3 and 4 | | 1.00 | 0.99 |
 # | value normalization | nothing | 1.50 | 0.08 | |
-# | all goals equally far away | nothing; the correlation is even higher | 1.79 | 0.01 | |
-# | a smaller square, in which robots cannot collide | nothing | 1.49 | 0.00 | |
-# | the same square, and only one robot drives at a time | the correlation | 0.57 | 1.00 | |
+# | all goals equally far away | nothing, it strengthens 2 | 1.79 | 0.01 | |
+# | a smaller arena without collisions | nothing | 1.49 | 0.00 | |
+# | the same arena, but only one robot drives at a time | 2 | 0.57 | 1.00 | |
 #
 # The last two rows are the strictest test. The reward, the horizon and the condition that ends an
 # episode are the same in both, but when the robots take turns, in random order, one robot's
@@ -1655,7 +1664,7 @@ if sees_own_goal:
 # not unlearn the task, as this explanation predicts.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
-# it run longer, its IPPO unlearns the task as well, although it differs from this file in
+# it run longer, its IPPO unlearns the task as well, although the tutorial differs from this file in
 # initialization, normalization, the weight of the value loss and more. This is its training reward,
 # averaged over ten seeds:
 #
@@ -1687,7 +1696,7 @@ import csv
 
 
 def comparable_runs():
-    """Return {folder: (algorithm, rows)} of this run and of comparable runs beside it.
+    """Return {folder: (algorithm, rows)} for this run and for comparable runs next to it.
 
     A run is comparable if it differs only in the algorithm, the seed and settings that do not
     affect learning.
@@ -1722,7 +1731,7 @@ def draw_learning_curves(runs):
                 x, y = zip(*points, strict=True) if points else ((), ())
                 axes.plot(x, y, style, color=color, linewidth=width, label=label)
         axes.set(title=keys[0].replace("_", " "), xlabel="frames")
-    panels[1].set(ylim=(-0.05, 1.05), ylabel="line: training, dots: tests")
+    panels[1].set(ylim=(-0.05, 1.05), ylabel="lines: training, circles: tests")
     labels = {line.get_label(): line for line in panels[0].get_lines()}
     panels[0].legend(labels.values(), labels.keys(), title="thick: this run")
     return figure

@@ -54,7 +54,7 @@ def test_a_run_prints_its_results(started, algorithm):
         assert f"{name} {before:.3f} {value:.3f}" in words
         last = rows(folder)[-1][f"test_{name}"]  # the test of the last iteration, the same one
         assert float(last) == value
-    for sentence in ("of the arrows point away from the goal", "slope of the value"):
+    for sentence in ("of the arrows point away from the goal", "the value has slope s = "):
         assert re.search(rf"{algorithm.upper()}, 2 iterations: .*{sentence}", out)
 
 

@@ -458,8 +458,8 @@ CHANGES = {  # rows of the table of changes in Section 10, and the experiments t
     "individual rewards": "individual",
     "value normalization": "value-norm",
     "all goals equally far away": "equal",
-    "a smaller square, in which robots cannot collide": "close",
-    "the same square, and only one robot drives at a time": "turns",
+    "a smaller arena without collisions": "close",
+    "the same arena, but only one robot drives at a time": "turns",
 }
 
 
