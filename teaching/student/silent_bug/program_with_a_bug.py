@@ -391,8 +391,8 @@ for iteration in progress:
     row = {"iteration": iteration, "frames": (iteration + 1) * cfg.frames_per_batch}
     row |= measure(batch)
     row |= {name: losses[name].item() for name in update_metrics}
-    unexplained = frames["advantage"].var() / frames["value_target"].var()  # target minus value
-    row["explained_variance"] = 1 - unexplained.item()
+    unexplained = frames["advantage"].var() / frames["value_target"].var()
+    row["explained_variance"] = 1 - unexplained.item()  # an advantage is a target minus a value
     row["advantage_std"] = frames["advantage"].std().item()
     row["seconds"] = time.perf_counter() - start
     if (iteration + 1) % cfg.evaluation_interval == 0:
