@@ -1653,6 +1653,7 @@ if sees_own_goal:
 # | the critic also sees the sum of the others' distances | 1 | | 0.99 | |
 # | individual rewards | 1 | 0.65 | 1.00 | 0.99 |
 # | gamma = 0.9 | 3 and 4 | | 1.00 | 0.99 |
+# | gamma = 0.9 and lmbda = 0, with c = 0.90 | 3 | 0.14 | 0.86 | |
 # | lmbda = 0.99, with c = 0.50 | 4 | 1.05 | 0.14 | 0.74 |
 # | value normalization | nothing | 1.50 | 0.08 | |
 # | all goals equally far away | nothing, it strengthens 2 | 1.79 | 0.01 | |
@@ -1664,9 +1665,11 @@ if sees_own_goal:
 # distance says next to nothing about the others', and rho falls from 0.52 to 0.08. Then IPPO does
 # not unlearn the task, as this explanation predicts.
 #
-# One prediction failed. With lmbda = 0.99, the threshold 1 / c is 2.0, and the slope stays far
-# below. The reward does not collapse, but IPPO hardly ever succeeds, while MAPPO learns the task,
-# only more slowly. So a local critic does some harm that 1 - c s does not measure.
+# Two predictions failed. With gamma = 0.9 and lmbda = 0, the slope stays small and nothing
+# collapses, but success is lower again after 20 iterations. With lmbda = 0.99, the threshold 1 / c
+# is 2.0, and the slope stays far below. The reward does not collapse, but IPPO hardly ever
+# succeeds, while MAPPO learns the task, only more slowly. So a local critic does some harm that 1 -
+# c s does not measure.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
 # it run longer, its IPPO unlearns the task as well, although the tutorial differs from this file in

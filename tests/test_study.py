@@ -456,6 +456,7 @@ def test_the_tutorial_is_changed_in_four_places_or_refused():
 CHANGES = {  # rows of the table of changes in Section 10, and the experiments they come from
     "none": "defaults",
     "individual rewards": "individual",
+    "gamma = 0.9 and lmbda = 0, with c = 0.90": "gamma-lambda",
     "lmbda = 0.99, with c = 0.50": "lambda-0.99",
     "value normalization": "value-norm",
     "all goals equally far away": "equal",
