@@ -173,7 +173,8 @@ cfg = Config()
 # %% id="placeholders"
 rank, world_size = 0, 1  # the index of this process, and how many there are
 # These settings do not affect learning, except n_iters when the learning rate is annealed.
-BOOKKEEPING = {"run_folder", "logger", "device", "n_iters", "evaluation_interval"}
+BOOKKEEPING = {"run_folder", "logger", "device", "n_iters"}
+BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
 class Run:

@@ -320,4 +320,4 @@ def test_there_is_a_slope_only_where_numbers_4_and_5_are_the_goal(observe_all, t
     values = {"scenario_options": {"observe_all_goals": observe_all}, "n_iters": 1}
     space = run_cells([read_cells()["loop"]], before("loop", **values, run_folder=str(tmp_path)))
     run_cells([read_cells()["arrow_map"], read_cells()["slope"]], space)
-    assert ("slope of the value" in capfd.readouterr().out) == (not observe_all)
+    assert ("the value has slope s = " in capfd.readouterr().out) == (not observe_all)

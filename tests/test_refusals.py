@@ -75,7 +75,6 @@ CONFLICTS = {  # what is given and differs from the run in the folder "good"
     ("--lr", "0.1"): ("lr is 0.1", "0.0003"),
     ("--seed", "5"): ("seed is 5", "must be 0"),
     ("--no-mappo",): ("mappo is False", "must be True"),
-    ("--evaluation-seed", "5"): ("evaluation_seed is 5", "must be 12345"),
     ("--num-cells", "64"): ("num_cells is 64", "32"),
     ("--n-iters", "1"): ("n_iters is 1", "at least 2"),
     ("--scenario-options", '{"lidar_range": 0.2}'): ("scenario_options", "{}"),

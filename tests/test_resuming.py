@@ -153,7 +153,7 @@ def test_a_finished_run_is_evaluated_and_drawn_again(short, drawing, capfd):
     run_inside("--run-folder", short, path=drawing)
     out = capfd.readouterr().out
     assert f"Resuming {short}: 3 of 3 iterations are done" in out
-    assert "slope of the value" in out  # to the very end
+    assert "the value has slope s = " in out  # to the very end
     after, evaluation = contents(short), short / "evaluation.json"
     assert after.keys() == before.keys()
     for path in (evaluation, short / "metrics.csv"):

@@ -624,7 +624,9 @@ def clipped_objective(function, zero_gradient, team_ratio):
             "Clip from below as well.": torch.minimum(
                 plain, ratio.detach().clamp(max=1 + epsilon) * advantage
             ),
-            "Multiply by the advantage itself, not by its sign or a normalized one.": expected / advantage.abs(),
+            "Multiply by the advantage itself, not by its sign or a normalized one.": (
+                expected / advantage.abs()
+            ),
         }
         otherwise = (
             f"With epsilon {epsilon}, ratios {short(ratio)} and advantages {short(advantage)}, "
