@@ -26,9 +26,9 @@ def paste(lesson, recipe):
     for new in split(recipe)[1:]:
         how, names = re.match(r'# %% (before|after|replaces)="(.+)"', new).groups()
         target, *left_out = [f'# %% id="{name}"' for name in names.split(", ")]
-        if not any(cell.startswith(target) for cell in cells):
+        place = next((i for i, cell in enumerate(cells) if cell.startswith(target)), None)
+        if place is None:
             raise ValueError(f"the lesson has no cell that begins with {target}")
-        place = [cell.startswith(target) for cell in cells].index(True)
         old, renamed = cells[place], target + "\n" + new.partition("\n")[2]
         together = {"before": [new, old], "after": [old, new], "replaces": [renamed]}
         cells[place : place + 1] = together[how]

@@ -473,13 +473,12 @@ def test_section_10_quotes_the_means_of_ten_seeds(label):
     [line] = [line for line in found if line.count("|") == 6]  # another table has four
     slope, ippo, mappo = [cell.strip() for cell in line.split("|")[3:6]]
     rows = tables.read(tables.RESULTS)
-    rows = rows[(rows["experiment"] == CHANGES[label]) & (rows["iteration"] == 14)]
     for algorithm, column, quoted in (
         ("IPPO", "slope", slope),
         ("IPPO", "test_success_rate", ippo),
         ("MAPPO", "test_success_rate", mappo),
     ):
-        found = rows[rows["algorithm"] == algorithm][column]
+        found = tables.choose(rows, CHANGES[label], algorithm, 15)[column]
         assert not quoted or (len(found) == 10 and f"{found.mean():.2f}" == quoted)
 
 
