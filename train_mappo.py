@@ -458,8 +458,10 @@ class SavedRun(Run):
         if learner["optimizer"].state and not saved:
             raise BadInput("The networks are trained already. For a new run, start from Section 4")
         prepare_folder(cfg, folder, saved)
-        launcher = "python" if world_size == 1 else "torchrun ..."
-        self.command = f"{launcher} {shlex.join([sys.argv[0], '--run-folder', str(folder)])}"
+        launcher = ["python"]
+        if world_size > 1:
+            launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+        self.command = shlex.join([*launcher, sys.argv[0], "--run-folder", str(folder)])
         if saved:
             self.load(saved, history, learner)
         else:
@@ -1468,30 +1470,23 @@ def draw_arrow_map(robot=0):
         arrows = nn.functional.normalize(directions[chosen], dim=-1)
         axes.quiver(*places[chosen].T.cpu(), *arrows.T.cpu(), color=color, width=width, scale=30)
     for index, agent in enumerate(scene.agents):  # this robot's goal, and the other robots
-        entity = agent.goal if index == robot else agent
-        center, name = (
-            entity.state.pos[0].tolist(),
-            "goal" if index == robot else f"robot {index + 1}",
-        )
+        entity, name = (agent.goal, "goal") if index == robot else (agent, f"robot {index + 1}")
+        center = entity.state.pos[0].tolist()
         axes.add_patch(Circle(center, 0.1, color=f"C{index}", alpha=0.6))
         axes.annotate(name, center, ha="center", va="center", weight="bold")
-    axes.set(
-        aspect="equal",
-        title=f"{algorithm}, {len(history)} iterations: where robot {robot + 1} is pushed",
-    )
+    axes.set(aspect="equal", title=f"{stage}: where robot {robot + 1} is pushed")
     return figure, away.float().mean().item()
 
 
 gamma_lmbda = cfg.gamma * cfg.lmbda
 c = cfg.gamma * (1 - cfg.lmbda) / (1 - gamma_lmbda) if gamma_lmbda < 1 else 0.0
+stage = f"{algorithm}, {len(history)} iterations"
 sees_own_goal = navigation and not cfg.scenario_options.get("observe_all_goals")
 if sees_own_goal:
     with matplotlib.rc_context({"text.usetex": False}):
         figure, away = draw_arrow_map()
         show("arrows.png", figure.savefig)
-    print(
-        f"{algorithm}, {len(history)} iterations: {away:.0%} of the arrows point away from the goal"
-    )
+    print(f"{stage}: {away:.0%} of the arrows point away from the goal")
 
 # %% [markdown]
 # With seed 0:
@@ -1568,7 +1563,7 @@ def value_slope(step=0.05):
 
 if sees_own_goal:
     slope = value_slope()
-    print(f"{algorithm}, {len(history)} iterations: the value has slope s = {slope:.2f}")
+    print(f"{stage}: the value has slope s = {slope:.2f}")
     print(f"advantage of a unit of progress: 1 - {c:.2f} s = {1 - c * slope:.2f}")
 
 # %% [markdown]

@@ -112,7 +112,8 @@ def test_one_process_speaks_and_writes_for_all(two):
     assert [path.name for path in folder.glob("* has written")] == ["0 has written"]
     assert out.count("New run: ") == out.count("The results are in") == 1
     assert out.count("untrained     trained") == 1
-    assert "torchrun" in out  # how to resume it
+    resume = f"torchrun --nproc-per-node 2 {script} --run-folder {folder / 'run'}"
+    assert out.count(f"To resume it after an interruption: {resume}\n") == 1
     assert err.count("0/3 [00:00<?, ?it/s]") == 1 and "Warning" not in err
 
 
