@@ -605,8 +605,7 @@ run = SavedRun(cfg, is_program)
 # | arrival | the whole team | 0.01 if all robots are within 0.05 of their goals |
 #
 # The episode ends as soon as all robots are within 0.10 of their goals, so the last part is hardly
-# ever earned. Progress counts most. Each robot is rewarded for its own progress and for everybody
-# else's.
+# ever earned. So each robot is rewarded mostly for progress, its own and everybody else's.
 #
 # VMAS simulates `num_vmas_envs` copies of this task as one batch of tensors on `device`. If that is
 # a GPU, the training data never leaves it.
@@ -694,10 +693,9 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # network learns from every agent's experience. The cost is that agents with identical observations
 # behave alike, so a task that needs specialists may need agent IDs or separate networks.
 #
-# *Initialization.* The weight matrices are orthogonal. Those in the policy's last layer have small
-# entries, so at first the actions are spread widely, no matter what a robot observes. Andrychowicz
-# et al. (2021, arXiv:2006.05990) found these small weights to be among the choices that matter
-# most.
+# *Initialization.* The weight matrices are orthogonal. In the policy's last layer, the weights are
+# small, so at first the actions are spread widely, no matter what a robot observes. Andrychowicz et
+# al. (2021, arXiv:2006.05990) found this to be among the choices that matter most.
 
 
 # %% id="initialization"
@@ -764,7 +762,7 @@ for row in means[0].tolist():
 #    0.0024    0.0010
 # ```
 #
-# All means are close to 0. That is the effect of the small weights in the last layer.
+# All means are close to 0, because the weights in the last layer are small.
 #
 # *Question 3. How many weights and biases does the policy have? How many without sharing?*
 #
@@ -850,10 +848,10 @@ with torch.no_grad():
 # that each agent's value comes from its own observations, as if the others were part of the world.
 #
 # ### What can each critic know?
-# Before a run that takes minutes, try one that takes seconds. Give every agent a random number x_i,
-# with correlation `rho` between any two of them. The critic has to predict either the sum of all
-# the numbers, which stands for a shared reward, or the agent's own number, which stands for an
-# individual reward. The next cell measures two things:
+# Try this before you train anything. Give every agent a random number x_i, with correlation `rho`
+# between any two of them. The critic has to predict either the sum of all the numbers, which stands
+# for a shared reward, or the agent's own number, which stands for an individual reward. The next
+# cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
 # - the *slope*, which is how much V_i changes per unit of x_i when the other numbers stay the same
@@ -1405,9 +1403,9 @@ for key in evaluation["trained"]:
 #
 # In the delta of the move, only V_1' is wrong. In later deltas, V_1' and V_1 are both wrong and
 # nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage inherits
-# nine tenths of a lasting error**. Less remains if the episode succeeds soon afterward, because the
-# last delta then contains the wrong V_1 only. More remains if it is cut off. The same sum holds for
-# any lasting change in value, right or wrong.
+# nine tenths of a lasting error**. It inherits less if the episode succeeds soon afterward, and
+# more if the episode is cut off. The same sum holds for any lasting change in value, right or
+# wrong.
 #
 # ### Look at what your critic teaches
 # Imagine that you could put robot 1 down anywhere while the others stay where they are. When it
@@ -1530,9 +1528,8 @@ if sees_own_goal:
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. In this example,
 # it is 1 for the centralized critic and 3 for the local one. A unit of progress changes the
 # advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**, or
-# above 1 / gamma = 1.01 where it grows toward the goal so that all later deltas cancel. With
-# discounting, the true value of the full state has a slope below 1, because a unit that would be
-# earned anyway, T steps later, counts for only gamma^T. That leaves MAPPO more than 0.09.
+# above 1 / gamma = 1.01 where it grows toward the goal so that all later deltas cancel. The true
+# slope is below 1 because of discounting, which leaves MAPPO more than 0.09.
 #
 # The next cell measures the slope of your critic on a new batch. It moves one robot in the critic's
 # input and leaves its velocity and lidar readings as they were, so the critic judges situations
@@ -1579,10 +1576,9 @@ if sees_own_goal:
 # advantage of a unit of progress: 1 - 0.91 s = 0.06
 # ```
 #
-# Section 4 gives a slope for every combination of critic and reward. Here those slopes are listed
-# next to the slopes of trained critics, averaged over ten seeds. The last two columns were also
-# measured after 15 iterations. In the first row, rho is 0.4, the correlation of the robots'
-# distances to their goals in the batches of IPPO's tenth iteration.
+# The table compares the slopes from Section 4 with those of trained critics, averaged over ten
+# seeds. The last two columns are for 15 iterations. In the first row, rho is 0.4, the correlation
+# of the robots' distances to their goals in IPPO's tenth batch.
 #
 # | critic | reward | Section 4 | s after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
@@ -1600,9 +1596,8 @@ if sees_own_goal:
 #
 # Not everything fits. The local critic's slope is 2.5 times the centralized one's, not 1.8 times.
 # The success rate begins to fall shortly before the mean slope passes 1.1, when the slope is above
-# 1.1 for about a third of the robots' positions in the batch. Later, the slope falls again and the
-# reward recovers for a while, but the success rate has not recovered by iteration 50. We do not
-# know why.
+# 1.1 for about a third of the positions in the batch. Much later, the reward recovers for a while,
+# but the success rate does not. We do not know why.
 #
 # ### Baseline or bootstrap value?
 # Section 6 says that an error in the baseline averages out, while one in the bootstrap value does
