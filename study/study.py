@@ -80,9 +80,9 @@ PLAN = [
     Experiment("turns", f"{TWENTY} {CLOSE}", f"taking turns + {SLOPES}"),
     Experiment("close", f"{TWENTY} {CLOSE}", SLOPES),
     # What keeps IPPO from unlearning, and what only delays it?
-    Experiment("gamma", f"{THIRTY} --gamma 0.9", SLOPES, IPPO),
+    Experiment("gamma", f"{TWENTY} --gamma 0.9", SLOPES, IPPO),
     Experiment("gamma-lambda", f"{TWENTY} --gamma 0.9 --lmbda 0", SLOPES, IPPO),
-    Experiment("one-number", THIRTY, f"others' distance + {SLOPES}", IPPO),
+    Experiment("one-number", TWENTY, f"others' distance + {SLOPES}", IPPO),
     Experiment("bootstrapped", THIRTY, f"arrivals bootstrapped + {SLOPES}", IPPO),
     Experiment("lambda", f"{THIRTY} --lmbda 1", SLOPES, IPPO),
     Experiment("lambda-0.99", f"{TWENTY} --lmbda 0.99", SLOPES),
