@@ -127,10 +127,13 @@ def lines_of_code(source):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_short(recipe):
-    """It has at most forty lines of code that the lesson does not have, as many as README says."""
+    """It has at most forty lines of code that the lesson does not have, as many as README says.
+
+    Lines that only close brackets do not count.
+    """
     lesson = {*SCRIPT.read_text("utf-8").splitlines()}
     code = lines_of_code((COOKBOOK / f"{recipe}.py").read_text("utf-8"))
-    new = len([line for line in code if line not in lesson])
+    new = len([line for line in code if line not in lesson and line.strip(" ()[]{},")])
     assert new <= 40 and row_of(recipe).endswith(f"| {new} |")
 
 

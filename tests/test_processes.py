@@ -107,7 +107,7 @@ def test_metrics_are_averaged_by_name(two):
         assert (float(row["a"]), float(row["b"]), float(row["alone"])) == (1.5, 15, 7)
 
 
-def test_one_process_speaks_and_writes_for_all(two):
+def test_one_process_speaks_and_writes_for_all(two, script):
     folder, out, err = two
     assert [path.name for path in folder.glob("* has written")] == ["0 has written"]
     assert out.count("New run: ") == out.count("The results are in") == 1
