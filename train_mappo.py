@@ -1602,7 +1602,7 @@ if sees_own_goal:
 # ### Baseline or bootstrap value?
 # Section 6 says that an error in the baseline averages out, while one in the bootstrap value does
 # not. To test this, train both critics at once on the same targets. One of them provides all values
-# in the targets, the other one is the baseline, and the advantage is the target minus that
+# in the targets, and the other one is the baseline, and the advantage is the target minus that
 # baseline. The table shows averages over ten seeds.
 #
 # | targets from | baseline from | slope after 15 iterations | success after 10 | after 15 |
@@ -1648,8 +1648,8 @@ if sees_own_goal:
 # | lmbda = 0.99, with c = 0.50 | 4 | 1.05 | 0.14 | 0.74 |
 # | value normalization | nothing | 1.50 | 0.08 | |
 # | all goals equally far away | nothing, it strengthens 2 | 1.79 | 0.01 | |
-# | a smaller arena without collisions | nothing | 1.49 | 0.00 | |
-# | the same arena, but only one robot drives at a time | 2 | 0.57 | 1.00 | |
+# | a smaller arena without collisions | nothing | 1.49 | 0.00 | 1.00 |
+# | the same arena, but only one robot drives at a time | 2 | 0.57 | 1.00 | 1.00 |
 #
 # The last two rows are the strictest test. The reward, the horizon and the condition that ends an
 # episode are the same in both, but when the robots take turns, in random order, one robot's
