@@ -67,8 +67,8 @@ warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed 
 #
 # With several agents, each agent's environment includes all the other agents. They learn too, so to
 # each agent the world looks *non-stationary*. PPO (Schulman et al. 2017, arXiv:1707.06347) limits
-# the damage, because it is *on-policy*. It throws each batch away before the teammates' behavior
-# recorded in it is badly out of date, and its clipping keeps each update small.
+# the damage, because it is *on-policy*. It discards each batch before the teammates' behavior
+# recorded there is badly outdated, and its clipping keeps each update small.
 #
 # The two algorithms differ in what the critic sees:
 #
@@ -155,7 +155,7 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # each plays one full episode per batch
+        return self.frames_per_batch // self.max_steps  # each runs for max_steps per batch
 
 
 cfg = Config()
@@ -164,8 +164,8 @@ cfg = Config()
 # *Question 1. How many gradient steps does one iteration take?* (The answers are at the end.)
 #
 # In a notebook, rerun everything below after you change a setting. If you changed only `mappo`, you
-# can start from Section 4. The next cell holds placeholders for the engineering cell that follows
-# it. You can ignore both until Section 8, but always run them together.
+# can start from Section 4. The next cell defines placeholders, which the engineering cell after it
+# replaces. You can ignore both until Section 8, but always run them together.
 
 
 # %% id="placeholders"
@@ -176,7 +176,7 @@ BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
 class Run:
-    """A placeholder for what the training loop calls. It saves nothing."""
+    """A placeholder with the methods that the training loop calls. It saves nothing."""
 
     def distribute(self, loss_module):
         return loss_module
@@ -301,9 +301,9 @@ def check_scenario(cfg):
     own = isinstance(name, type)
     require(cfg, "scenario_name", own or name in known, "one of " + ", ".join(known))
     taken = {"n_agents", *inspect.signature(vmas.make_env).parameters} & options.keys()
-    words = f"a dictionary without {', '.join(taken)}, which is set elsewhere"
+    words = f"a dictionary without keys that are set elsewhere: {', '.join(taken)}"
     require(cfg, "scenario_options", not taken, words)
-    with warnings.catch_warnings():  # about unknown options or too little room become errors
+    with warnings.catch_warnings():  # those about options or too little room become errors
         warnings.filterwarnings("error", "Scenario kwargs|It is taking many iterations to spawn")
         warnings.filterwarnings("ignore", r"Scenario kwargs: \{'n_agents': \d+\} passed")
         try:
@@ -362,7 +362,7 @@ def read_run(folder):
     except OSError as error:
         raise BadInput(f"{here} a folder that can be read ({error.strerror})") from error
     except Exception as error:  # a damaged file can raise nearly anything
-        words = f"{here} the folder of a run. Its {path.name} is damaged or from another version"
+        words = f"{here} a run's folder. The {path.name} in it is damaged or from another version"
         raise BadInput(words) from error
     other = [name for name in names if not name.startswith(".")]
     if other and not saved:
@@ -422,7 +422,7 @@ def read_command_line(cfg):
         saved = read_run(folder) if cfg.run_folder else None
         now, then = record_of(cfg), saved["config"] if saved else {}
         names = (now.keys() & then.keys()) - given.keys() - {"run_folder"}
-        names -= set() if torch.cuda.is_available() else {"device"}  # it may have used a GPU
+        names -= set() if torch.cuda.is_available() else {"device"}  # the run may have used a GPU
         kept = {name: then[name] for name in sorted(names) if then[name] != now[name]}
         cfg = replace(cfg, **kept)
         check(cfg)
@@ -449,11 +449,13 @@ class SavedRun(Run):
     def resume(self, cfg, folder, history, learner):
         """Load the run in the folder into `history` and `learner`, or begin a new one there."""
         self.cfg, self.folder, saved = cfg, folder, read_run(folder)
-        check_values(cfg)  # in a notebook, they may have changed since
+        check_values(cfg)  # in a notebook, settings may have changed since
         reason = "unless you run everything below Section 1 again"
         require_equal(cfg, self.built_with, {"mappo", *BOOKKEEPING}, reason)
         if learner["optimizer"].state and not saved:
-            raise BadInput("The networks are trained already. For a new run, start from Section 4")
+            raise BadInput(
+                "The networks have already been trained. For a new run, start from Section 4"
+            )
         prepare_folder(cfg, folder, saved)
         launcher = ["python"]
         if world_size > 1:
@@ -480,7 +482,8 @@ class SavedRun(Run):
             for name, part in learner.items():
                 part.load_state_dict(saved[name])
         except (RuntimeError, ValueError) as error:
-            raise BadInput(f"run_folder is '{self.folder}', but its networks differ") from error
+            words = f"run_folder is '{self.folder}', but must hold networks like the current ones"
+            raise BadInput(words) from error
         print(f"Resuming {self.folder}: {len(history)} of {cfg.n_iters} iterations are done")
         if saved["world_size"] != world_size:
             print(f"Number of processes: {saved['world_size']} before, {world_size} now")
@@ -610,7 +613,7 @@ run = SavedRun(cfg, is_program)
 # TorchRL components communicate through a TensorDict, a dictionary of tensors that share their
 # leading dimensions, so that you can index and reshape all of them at once. It can be nested, and a
 # tuple such as `("next", "done")` is a path in it. What each agent observes, does and earns is
-# stored under `"agents"`, and everything that a step returns under `"next"`.
+# stored under `"agents"`, and everything that a step returns is stored under `"next"`.
 #
 # Running out of time is not the same as succeeding. After a *termination*, nothing more can be
 # earned, so the value of what follows is 0. A *truncated* episode could have continued, so the
@@ -842,9 +845,9 @@ with torch.no_grad():
 # that each agent's value comes from its own observations, as if the others were part of the world.
 #
 # ### What can each critic know?
-# Give every agent a random number x_i, with correlation `rho` between any two of them. The critic
-# has to predict either the sum of all the numbers, which stands for a shared reward, or the agent's
-# own number, which stands for an individual reward. The next cell measures two things:
+# Give every agent a random number x_i, so that any two of these numbers have correlation `rho`. The
+# critic has to predict either the sum of all the numbers, which stands for a shared reward, or the
+# agent's own number, which stands for an individual reward. The next cell measures two things:
 #
 # - the *explained variance*, which is 1 for a perfect prediction and 0 for a constant one
 # - the *slope*, which is how much V_i changes per unit of x_i when the other numbers stay the same
@@ -976,7 +979,7 @@ for rewards in first_batch["next", "agents", "reward"][0, :3, :, 0].tolist():
 # ---
 # ## 6. Advantages
 # *Generalized advantage estimation* (Schulman et al. 2016, arXiv:1506.02438) adds up the critic's
-# prediction errors from the step of that action onward, with weights that are multiplied by gamma
+# prediction errors from the step of an action onward, with weights that shrink by a factor of gamma
 # lmbda at each step. The larger `lmbda` is, the more the collected rewards count and the less the
 # critic's values count, which lowers the bias and raises the variance.
 #
@@ -1184,8 +1187,8 @@ for term, by_hand in loss_by_hand(policy.get_dist(frames), value, frames, cfg).i
 # The next two cells name the run's folder, start its history and define the metrics. The metrics
 # cover only the first episode in each environment, because later ones have less time left in the
 # batch. In training, actions are sampled. In a test, the policy acts deterministically and plays
-# the same episodes each time. The best policy so far is kept, by success rate in navigation and by
-# reward in other scenarios.
+# the same episodes each time. The best policy so far is kept, as judged by success rate in
+# navigation and by reward in other scenarios.
 
 # %% id="setup"
 algorithm = "MAPPO" if cfg.mappo else "IPPO"
@@ -1387,7 +1390,7 @@ for key in evaluation["trained"]:
 # In the delta of the move, only V_1' is wrong. In later deltas, V_1' and V_1 are both wrong and
 # nearly cancel. The sum is c = gamma (1 - lmbda) / (1 - gamma lmbda), so **the advantage inherits
 # nine tenths of a lasting error**. It inherits less if the episode succeeds soon afterward, and
-# more if the episode is cut off. The same sum holds for any lasting change in value, right or
+# more if the episode is cut off. The same formula applies to any lasting change in value, right or
 # wrong.
 #
 # ### Look at what your critic teaches
@@ -1414,7 +1417,7 @@ def show(name, write):
     if hasattr(builtins, "__IPYTHON__"):
         from IPython.display import Image, display
 
-        display(Image(str(folder / name), format="png"))  # as "png", GIFs are shown, too
+        display(Image(str(folder / name), format="png"))  # "png" makes Jupyter show GIFs, too
 
 
 def arrow_map(robot=0, points=24):
@@ -1491,8 +1494,8 @@ if sees_own_goal:
 # goals. At a distance d, the team has 3d left to earn, ignoring discounting, so a local critic has
 # learned V_i = 3d, while a centralized critic has seen enough exceptions to learn the sum of the
 # three distances. Now robot 1 moves one unit closer to its goal while the others wait. Its reward
-# is shared. Compared with all three waiting, each advantage changes by the reward plus c times the
-# change in value:
+# is shared. Compared with the case in which all three wait, each advantage changes by the reward
+# plus c times the change in value:
 #
 # ```
 #                               reward    change in value     advantage
@@ -1501,8 +1504,8 @@ if sees_own_goal:
 #     local critic, the others    +1             0                     1.00
 # ```
 #
-# The centralized critic's value drops by what has just been earned. Robot 1's own critic lowers its
-# value by *more than that*, as if all three had moved. The same difference results whatever the
+# The centralized critic's value drops by what has just been earned. The local critic lowers robot
+# 1's value by *more than that*, as if all three had moved. The same difference results whatever the
 # others do, because their part of the reward does not depend on robot 1's choice. So while the
 # others drive, robot 1 is better off waiting.
 #
@@ -1510,7 +1513,7 @@ if sees_own_goal:
 # is the slope of Section 4, with the distance as x_i. A unit of progress changes the advantage by
 # 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. If the slope grows
 # toward the goal, as it does for an exact critic, the threshold is 1 / gamma = 1.01. The true slope
-# is below 1 because of discounting, which leaves MAPPO more than 0.09.
+# is below 1 because of discounting, so under MAPPO, a unit of progress is worth more than 0.09.
 #
 # The next cell measures the slope of your critic on a new batch, by moving one robot in the
 # critic's input. Its velocity and lidar readings stay as they were.
@@ -1557,8 +1560,8 @@ if sees_own_goal:
 # ```
 #
 # The table compares the slopes from Section 4 with those of trained critics. The last two columns
-# are for 15 iterations. In the first row, rho is 0.4, the correlation of the robots' distances to
-# their goals in IPPO's tenth batch.
+# are also from 15 iterations. In the first row, rho is 0.4, the correlation of the robots'
+# distances to their goals in IPPO's tenth batch.
 #
 # | critic | reward | Section 4 | s after 10 iterations | after 15 | 1 - c s | success |
 # |---|---|---|---|---|---|---|
@@ -1604,7 +1607,7 @@ if sees_own_goal:
 # variance.
 #
 # ### When does a centralized critic pay off?
-# By this account, four conditions must come together.
+# By this account, a local critic misleads the policy only where four conditions come together.
 #
 # 1. What the critic cannot see makes up much of the return.
 # 2. It is positively *correlated* with what the critic sees.
@@ -1625,7 +1628,7 @@ if sees_own_goal:
 # | gamma = 0.9 and lmbda = 0, with c = 0.90 | 3 | 0.14 | 0.86 | 1.00 |
 # | lmbda = 0.99, with c = 0.50 | 4 | 1.05 | 0.14 | 0.74 |
 # | value normalization | nothing | 1.50 | 0.08 | |
-# | all goals equally far away | nothing, it strengthens 2 | 1.79 | 0.01 | |
+# | all goals equally far away | nothing (it strengthens 2) | 1.79 | 0.01 | 0.90 |
 # | a smaller arena without collisions | nothing | 1.49 | 0.00 | 1.00 |
 # | the same arena, but only one robot drives at a time | 2 | 0.57 | 1.00 | 1.00 |
 #

@@ -121,7 +121,7 @@ def test_trained_networks_do_not_begin_a_new_run(tmp_path, monkeypatch):
     """Section 8 alone, run again without a run folder, would go on with them in a new history."""
     monkeypatch.chdir(tmp_path)
     space = run_cells(sources(*SLOW, **TINY))
-    with pytest.raises(ValueError, match="trained already.*Section 4"):
+    with pytest.raises(ValueError, match="already been trained.*Section 4"):
         run_cells([read_cells()["setup"], read_cells()["loop"]], space)
     assert len([*(tmp_path / "runs").iterdir()]) == 1
 

@@ -99,7 +99,7 @@ class Config:
 
     @property
     def num_vmas_envs(self):
-        return self.frames_per_batch // self.max_steps  # each plays one full episode per batch
+        return self.frames_per_batch // self.max_steps  # each runs for max_steps per batch
 
 
 cfg = Config()
@@ -112,7 +112,7 @@ BOOKKEEPING |= {"evaluation_interval", "evaluation_episodes", "evaluation_seed"}
 
 
 class Run:
-    """A placeholder for what the training loop calls. It saves nothing."""
+    """A placeholder with the methods that the training loop calls. It saves nothing."""
 
     def distribute(self, loss_module):
         return loss_module
