@@ -34,9 +34,10 @@ for path in sorted(given.folder.glob("*/metrics.csv")):
     mappo = json.loads(path.with_name("hyperparameters.json").read_text("utf-8"))["mappo"]
     if values:
         runs.setdefault("MAPPO" if mappo else "IPPO", []).append(values)
-if not runs or picture.exists():
-    words = f"must contain runs with {' or '.join(names)}, and {picture} must not exist yet"
-    parser.error(f"folder is '{given.folder}', but {words}")
+if not runs:
+    parser.error(f"folder is '{given.folder}', but must contain runs with {' or '.join(names)}")
+if picture.exists():
+    parser.error(f"{picture} exists already. Move it, or delete it")
 figure, random = Figure(figsize=(6, 4), layout="constrained"), np.random.default_rng(0)
 axes = figure.subplots()
 for algorithm, curves in runs.items():
@@ -45,10 +46,14 @@ for algorithm, curves in runs.items():
     table = np.array([[float(curve[x]) for x in frames] for curve in curves])  # (runs, points)
     samples = random.integers(len(curves), size=(2000, len(curves)))
     low, high = np.percentile(table[samples].mean(axis=1), [2.5, 97.5], axis=0)
-    axes.plot(frames, table.T, color=color, linewidth=0.5)
-    axes.plot(frames, table.mean(axis=0), color=color, label=f"{algorithm}, {len(curves)} runs")
+    axes.plot(frames, table.T, ".-", color=color, linewidth=0.5)
+    axes.plot(
+        frames, table.mean(axis=0), "o-", color=color, label=f"{algorithm}, {len(curves)} runs"
+    )
     axes.fill_between(frames, low, high, color=color, alpha=0.2)
 axes.set(xlabel="frames", title=given.metric or "success rate in test episodes")
+if names[0].endswith("_rate"):
+    axes.set_ylim(-0.05, 1.05)
 axes.legend()
 figure.savefig(picture)
 print(f"Wrote {picture}")

@@ -392,7 +392,23 @@ def test_several_seeds(tmp_path, capsys):
     assert (tmp_path / "seeds.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="2"):
         run_program("several_seeds", tmp_path / "seeds")  # the picture is not overwritten
-    assert "must not exist yet" in capsys.readouterr().err
+    assert "seeds.png exists already" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        run_program("several_seeds", tmp_path / "seeds", "--metric", "no_such")
+    assert "must contain runs with no_such" in capsys.readouterr().err
+
+
+def test_a_single_test_of_each_seed_can_be_seen(tmp_path):
+    """With one test a run there is no line to draw, so each point is marked."""
+    for seed in "01":
+        (tmp_path / "seeds" / seed).mkdir(parents=True)
+        (tmp_path / "seeds" / seed / "hyperparameters.json").write_text('{"mappo": true}')
+        (tmp_path / "seeds" / seed / "metrics.csv").write_text(
+            "frames,test_success_rate\n100,1.0\n"
+        )
+    axes = run_program("several_seeds", tmp_path / "seeds")["axes"]
+    assert [line.get_marker() for line in axes.get_lines()] == [".", ".", "o"]
+    assert axes.get_ylim() == (-0.05, 1.05)
 
 
 # --------------------------------------------------------------------------------------- results
