@@ -7,7 +7,8 @@ success rate counts; outside navigation, that metric is called `terminated_rate`
 environment. Report `agent_collisions` in `info` to see collisions among the metrics.
 
 The cell goes after the cell `config`. Change the class to what you need; its arguments besides
-`n_agents` are what `cfg.scenario_options` sets.
+`n_agents` are what `cfg.scenario_options` sets. Begin with a reward that says in every step how far
+the task is from done, as here. Robots that are paid only at the end may never get there by chance.
 """
 # ruff: noqa: F821
 

@@ -1,6 +1,6 @@
 """What the recipes cost, and what limits the speed of train_mappo.py. Prints a table.
 
-    python study/benchmark.py            some eight minutes on two cores
+    python study/benchmark.py            some ten minutes on two cores
     python study/benchmark.py --quick    two minutes: fewer turns, and no 6000 environments
     python study/benchmark.py --record   replace the rows of speed.csv, too
     python study/benchmark.py --tutorial path/to/multiagent_ppo.py    compare with TorchRL's, too
@@ -252,6 +252,19 @@ def benchmark_collection(num_vmas_envs, turns):
     return take_turns(f"frames of {num_vmas_envs} environments", "frame", works, turns)
 
 
+# ------------------------------------------------------------------------------- the evaluation
+
+
+def benchmark_evaluation(turns):
+    """Return rows of a test of the policy, beside the five iterations from one test to the next."""
+    names = run_script("--n-iters=1", "--num-epochs=1", "--evaluation-interval=2")
+    works = {
+        "five iterations": (1, seconds_of_training("--n-iters 5 --evaluation-interval 6")),
+        "the test after them": (1, timed(lambda: names["evaluate"](names["policy"]))),
+    }
+    return take_turns("evaluation", "test", works, turns)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -265,6 +278,7 @@ if __name__ == "__main__":
     rows = benchmark_trainings(1 if quick else 3, ["MAPPO"] if quick else ["MAPPO", "IPPO"])
     if arguments.tutorial:
         rows += benchmark_tutorial(arguments.tutorial, 1 if quick else 5)
+    rows += benchmark_evaluation(1 if quick else 3)
     rows += benchmark_update(short_run(60), 5 if quick else 20)
     turns = {60: 3, 600: 3} if quick else {60: 9, 600: 5, 6000: 3}
     for num_vmas_envs in turns:

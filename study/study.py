@@ -80,11 +80,11 @@ PLAN = [
     Experiment("turns", f"{TWENTY} {CLOSE}", f"taking turns + {SLOPES}"),
     Experiment("close", f"{TWENTY} {CLOSE}", SLOPES),
     # What keeps IPPO from unlearning, and what only delays it?
-    Experiment("gamma", f"{TWENTY} --gamma 0.9", SLOPES, IPPO),
+    Experiment("gamma", f"{TWENTY} --gamma 0.9", SLOPES),
     Experiment("gamma-lambda", f"{TWENTY} --gamma 0.9 --lmbda 0", SLOPES),
     Experiment("one-number", TWENTY, f"others' distance + {SLOPES}", IPPO),
-    Experiment("bootstrapped", THIRTY, f"arrivals bootstrapped + {SLOPES}", IPPO),
-    Experiment("lambda", f"{THIRTY} --lmbda 1", SLOPES, IPPO),
+    Experiment("bootstrapped", TWENTY, f"arrivals bootstrapped + {SLOPES}", IPPO),
+    Experiment("lambda", f"{TWENTY} --lmbda 1", SLOPES),
     Experiment("lambda-0.99", f"{TWENTY} --lmbda 0.99", SLOPES),
     Experiment("two-critics", FIFTEEN, f"two critics + {SLOPES}"),
     Experiment("value-norm", THIRTY, f"value_normalization + {SLOPES}", IPPO),
@@ -98,8 +98,6 @@ PLAN = [
     Experiment("agent-ids", FIFTEEN, f"agent_ids + {SLOPES}", ["MAPPO"]),
     Experiment("contacts", f"{FIFTEEN} {CONTACTS}", SLOPES, ["MAPPO"]),
     Experiment("contacts-agent-ids", f"{FIFTEEN} {CONTACTS}", f"agent_ids + {SLOPES}", ["MAPPO"]),
-    Experiment("lambda-mappo", f"{THIRTY} --lmbda 1", SLOPES, ["MAPPO"]),
-    Experiment("gamma-mappo", f"{THIRTY} --gamma 0.9", SLOPES, ["MAPPO"]),
     Experiment("ten-epochs", "--n-iters 50 --num-epochs 10", SLOPES),
 ]
 
