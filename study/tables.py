@@ -393,7 +393,7 @@ OLD = {  # tables of archive.csv
 OTHER = {  # tables of other files: {name: (function, file, how its rows are made)}
     "tutorial": (tutorial, TUTORIAL, "torchrl_tutorial.py multiagent_ppo.py"),
     "transfer": (transfer, TRANSFER, "transfer.py"),
-    "speed": (speed, SPEED, "benchmark.py --record"),
+    "speed": (speed, SPEED, "benchmark.py --record --tutorial multiagent_ppo.py"),
 }
 
 
