@@ -482,6 +482,31 @@ def test_section_10_quotes_the_means_of_ten_seeds(label):
         assert not quoted or (len(found) == 10 and f"{found.mean():.2f}" == quoted)
 
 
+EXPERIMENTS = {  # rows of the table of experiments in README.md, and where their numbers come from
+    "| (defaults) |": ("defaults", 10),
+    "| `--n-iters 15` |": ("defaults", 15),
+    '"shared_rew": false': ("individual", 15),
+    "--gamma 0.9` |": ("gamma-0.9", 15),
+    "--lmbda 1` |": ("lambda-1", 15),
+    "--num-epochs 10` |": ("10-epochs", None),
+    "| `--no-share-parameters-policy` |": ("separate-policies", 10),
+    "--anneal-lr": ("quick", 11),
+}
+
+
+@pytest.mark.parametrize("options", EXPERIMENTS)
+def test_readme_quotes_the_means_of_ten_seeds(options):
+    """The success rates in tests, of MAPPO and IPPO."""
+    readme = (REPOSITORY / "README.md").read_text("utf-8")
+    [line] = [line for line in readme.splitlines() if line.startswith("| ") and options in line]
+    experiment, after = EXPERIMENTS[options]
+    planned = experiment in [one.name for one in study.PLAN]
+    rows = tables.read(tables.RESULTS if planned else tables.ARCHIVE)
+    for algorithm, quoted in zip(("MAPPO", "IPPO"), line.split(" | ")[1:3], strict=True):
+        found = tables.choose(rows, experiment, algorithm, after)[tables.SUCCESS]
+        assert len(found) == 10 and f"{found.mean():.2f}" == quoted
+
+
 ROLES = {  # rows of the table of roles in Section 10, and where their numbers come from
     "| local critic | local critic (IPPO) |": ("defaults", "IPPO"),
     "| local critic | centralized critic |": ("two-critics", "IPPO"),
