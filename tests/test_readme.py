@@ -18,9 +18,13 @@ OPTIONS += re.findall(r"train_mappo\.py (--[^`\n]*)`", README)
 def test_links_and_pictures_exist():
     """Those to places in the project."""
     links = re.findall(r'(?:\]\(|src="|href=")([^)"]+)', README)
-    local = [link for link in links if not link.startswith("http")]
+    local = [link.partition("#") for link in links if not link.startswith("http")]
     assert len(local) > 5
-    assert [link for link in local if not (REPOSITORY / link).exists()] == []
+    assert [path for path, _, _ in local if not (REPOSITORY / path).exists()] == []
+    for path, _, heading in local:
+        text = (REPOSITORY / path).read_text("utf-8") if heading else ""
+        headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+        assert not heading or heading in [one.lower().replace(" ", "-") for one in headings]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
