@@ -7,10 +7,11 @@
     done
     python cookbook/several_seeds.py runs/five
 
-writes runs/five.png. If you stop the loop, start it again, and it resumes. This is a
-program, not a cell. All runs in the folder should differ in the seed and the algorithm alone. The
-interval is a bootstrap over runs, which is too narrow for a handful of them, so with fewer than ten
-seeds look at the thin lines first.
+writes runs/five.png. If you stop the loop, start it again, and it resumes. This is a program, not a
+cell. All runs in the folder should differ in the seed and the algorithm alone. The mean covers the
+tests that all runs have in common. The interval is a bootstrap over runs, which is too narrow for a
+handful of them, so with fewer than ten seeds look at the thin lines first. `--metric` draws another
+column of metrics.csv, such as test_episode_reward, into a figure of its own.
 """
 
 import argparse
@@ -26,7 +27,8 @@ parser.add_argument("folder", type=Path, help="folder that contains the folders 
 parser.add_argument("--metric", help="column of metrics.csv; by default the success in tests")
 given = parser.parse_args()
 names = [given.metric] if given.metric else ["test_success_rate", "test_terminated_rate"]
-picture, runs = given.folder.with_suffix(".png"), {}
+ending = f"-{given.metric}.png" if given.metric else ".png"
+picture, runs = given.folder.with_name(given.folder.name + ending), {}
 for path in sorted(given.folder.glob("*/metrics.csv")):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -46,10 +48,10 @@ for algorithm, curves in runs.items():
     table = np.array([[float(curve[x]) for x in frames] for curve in curves])  # (runs, points)
     samples = random.integers(len(curves), size=(2000, len(curves)))
     low, high = np.percentile(table[samples].mean(axis=1), [2.5, 97.5], axis=0)
-    axes.plot(frames, table.T, ".-", color=color, linewidth=0.5)
-    axes.plot(
-        frames, table.mean(axis=0), "o-", color=color, label=f"{algorithm}, {len(curves)} runs"
-    )
+    for curve in curves:
+        axes.plot([*curve], [float(x) for x in curve.values()], ".-", color=color, linewidth=0.5)
+    label = f"{algorithm}, mean of {len(curves)} runs and its 95% interval"
+    axes.plot(frames, table.mean(axis=0), "o-", color=color, label=label)
     axes.fill_between(frames, low, high, color=color, alpha=0.2)
 axes.set(xlabel="frames", title=given.metric or "success rate in test episodes")
 if names[0].endswith("_rate"):

@@ -340,7 +340,6 @@ OLD = {  # tables of archive.csv
         grid,
         {
             "labels": {
-                "gamma 0.9": "gamma-0.9",
                 "lambda 1": "lambda-1",
                 "arrivals bootstrapped": "arrivals-bootstrapped",
                 "the others' distance as an input": "others-distance",

@@ -385,10 +385,12 @@ def test_several_seeds(tmp_path, capsys):
         table = "frames,test_success_rate,other\n" + "".join(rows)
         (folder / "metrics.csv").write_text(table)
     names = run_program("several_seeds", tmp_path / "seeds")
-    lines = {line.get_label(): line for line in names["axes"].get_lines()}
-    assert lines["MAPPO, 2 runs"].get_xdata().tolist() == [150, 250]
-    assert lines["MAPPO, 2 runs"].get_ydata().tolist() == pytest.approx([0.3, 0.6])
-    assert lines["IPPO, 1 runs"].get_ydata().tolist() == [0]
+    first, second, mean, _, mean_of_one = names["axes"].get_lines()
+    assert "MAPPO, mean of 2 runs" in mean.get_label() and "IPPO" in mean_of_one.get_label()
+    assert [*mean.get_xdata()] == [150, 250]
+    assert [*mean.get_ydata()] == pytest.approx([0.3, 0.6])
+    assert [len(line.get_xdata()) for line in (first, second)] == [2, 3]  # each run to its end
+    assert [*mean_of_one.get_ydata()] == [0]
     assert (tmp_path / "seeds.png").stat().st_size > 1000
     with pytest.raises(SystemExit, match="2"):
         run_program("several_seeds", tmp_path / "seeds")  # the picture is not overwritten
@@ -396,6 +398,8 @@ def test_several_seeds(tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         run_program("several_seeds", tmp_path / "seeds", "--metric", "no_such")
     assert "must contain runs with no_such" in capsys.readouterr().err
+    run_program("several_seeds", tmp_path / "seeds", "--metric", "test_success_rate")
+    assert (tmp_path / "seeds-test_success_rate.png").exists()
 
 
 def test_a_single_test_of_each_seed_can_be_seen(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from cells import SLOW, read_cells, run_cells, run_inside, sources, write_copy
-from conftest import TINY, options, rows, strange_lines
+from conftest import TINY, contents, options, rows, strange_lines
 
 SEED = re.search(r"^    seed: int = .*$", read_cells()["config"], re.MULTILINE)[0]
 APPEND = "    history.append(row)\n"
@@ -118,6 +118,35 @@ def test_a_scenario_of_ones_own_is_trained_and_resumed(engineering, tmp_path, mo
         space["cfg"].run_folder, space["cfg"].n_iters = str(folder), 3
         run_cells([read_cells()["setup"], read_cells()["loop"]], space)
         assert len(rows(folder)) == 3 and recorded(folder)["scenario_name"] == "Mine"
+
+
+def test_a_scenario_of_ones_own_that_was_renamed_is_refused(tmp_path, capsys):
+    """A record holds only the name of a class, so it cannot be taken from there."""
+    config, run = read_cells()["config"], tmp_path / "run"
+    scripts = []
+    for name in ("Mine", "Other"):
+        own = OWN.replace("Mine", name) + f"\n\ncfg.scenario_name = {name}"
+        (tmp_path / name).mkdir()
+        script = tmp_path / name / "mine.py"
+        scripts.append(write_copy(script, *SLOW, edits={config: f"{config}\n{own}"}))
+    run_inside(*options(run_folder=run, n_iters=1), path=scripts[0])
+    assert "usage: python mine.py" in help_of(scripts[0], capsys)
+    run_inside("--run-folder", run, "--n-iters", 2, path=scripts[0])
+    before = contents(run)
+    for script, now in ((scripts[1], "Other'>"), (write_copy(tmp_path / "a.py"), "'navigation'")):
+        with pytest.raises(SystemExit, match="2"):
+            run_inside("--run-folder", run, path=script)
+        said = capsys.readouterr().err
+        assert f"{now}, but must be 'Mine', as in the run you are resuming" in said
+    assert contents(run) == before
+
+
+def help_of(script, capsys):
+    """Return what `--help` prints."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        run_inside("--help", path=script)
+    return capsys.readouterr().out
 
 
 def read_tensorboard(folder):

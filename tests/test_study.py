@@ -456,6 +456,7 @@ def test_the_tutorial_is_changed_in_four_places_or_refused():
 CHANGES = {  # rows of the table of changes in Section 10, and the experiments they come from
     "none": "defaults",
     "individual rewards": "individual",
+    "gamma = 0.9, with c = 0.47": "gamma",
     "gamma = 0.9 and lmbda = 0, with c = 0.90": "gamma-lambda",
     "lmbda = 0.99, with c = 0.50": "lambda-0.99",
     "value normalization": "value-norm",
@@ -486,7 +487,7 @@ EXPERIMENTS = {  # rows of the table of experiments in README.md, and where thei
     "| (defaults) |": ("defaults", 10),
     "| `--n-iters 15` |": ("defaults", 15),
     '"shared_rew": false': ("individual", 15),
-    "--gamma 0.9` |": ("gamma-0.9", 15),
+    "--gamma 0.9` |": ("gamma", 15),
     "--lmbda 1` |": ("lambda-1", 15),
     "--num-epochs 10` |": ("10-epochs", None),
     "| `--no-share-parameters-policy` |": ("separate-policies", 10),

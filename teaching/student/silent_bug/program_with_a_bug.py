@@ -19,8 +19,8 @@
 # ///
 """Learn multi-agent PPO with TorchRL, in one file that you read from top to bottom.
 
-Three robots learn to drive to their goals without colliding. They learn with MAPPO, or with IPPO if
-you flip one flag. There are four ways to start:
+Three robots learn to drive to their goals without colliding. They are trained with MAPPO, or with
+IPPO if you flip one flag. There are four ways to start:
 
     python train_mappo.py                         MAPPO with the hyperparameters from Section 1
     python train_mappo.py --no-mappo --seed 1     IPPO, another seed; --help lists all options
@@ -191,8 +191,9 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 def orthogonal_init(network, final_gain):
     """Set the weights of a MultiAgentMLP to random orthogonal matrices and its biases to 0.
 
-    The gain is sqrt(2) in hidden layers and `final_gain` in the last. Where each agent has its own
-    network, weights have the shape (n_agents, outputs, inputs) and each matrix is drawn separately.
+    The gain is sqrt(2) in hidden layers and `final_gain` in the last. If each agent has its own
+    network, the weights have the shape (n_agents, outputs, inputs), and each matrix is drawn
+    separately.
     """
     parameters = dict(network.named_parameters())
     weights = [value for name, value in parameters.items() if name.endswith("weight")]
