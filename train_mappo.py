@@ -699,8 +699,8 @@ first_step = rollout[:, 0].select(("agents", "observation"))  # to try out the n
 # behave alike, so a task that needs specialists may need agent IDs or separate networks.
 #
 # *Initialization.* The weight matrices are orthogonal. In the policy's last layer, the weights are
-# small, so at first the actions are spread widely, no matter what a robot observes. Andrychowicz et
-# al. (2021, arXiv:2006.05990) found this to be among the choices that matter most.
+# small, so at first the distribution of actions is the same no matter what a robot observes.
+# Andrychowicz et al. (2021, arXiv:2006.05990) found this to be among the choices that matter most.
 
 
 # %% id="initialization"
@@ -1513,14 +1513,14 @@ if sees_own_goal:
 # The centralized critic's value drops by what has just been earned. The local critic lowers robot
 # 1's value by *more than that*, as if all three had moved. The difference is the same whatever the
 # others do, because their part of the reward does not depend on robot 1's choice. So while the
-# others drive, robot 1 is better off waiting.
+# others drive, waiting looks better for robot 1.
 #
 # The *slope* s is how much V_i drops per unit of progress when only robot i moves. Here, it is 1 or
 # 3. It is the slope of Section 4, with the distance as x_i. A unit of progress changes the
 # advantage by 1 - c s, so **progress looks like a loss if the slope is above 1 / c = 1.1**. If the
 # slope grows toward the goal, as it does for an exact critic, the threshold is 1 / gamma = 1.01.
-# The true slope is below 1 because of discounting, so under MAPPO, a unit of progress is worth more
-# than 0.09.
+# The true slope is below 1 because of discounting, so with an exact critic, progress never looks
+# like a loss.
 #
 # The next cell measures the slope of your critic on a new batch, by moving one robot in the
 # critic's input. Its velocity and lidar readings stay as they were.
@@ -1624,7 +1624,7 @@ if sees_own_goal:
 #
 # A centralized critic removes the first condition. If you weaken any of them enough in another way,
 # progress should no longer look like a loss. The table shows slopes and success rates after 15
-# iterations, with empty cells where no runs were made. The code for each change is in the folder
+# iterations, with empty cells where nothing was measured. The code for each change is in the folder
 # `study` or `cookbook`.
 #
 # | change | weakens | IPPO's slope | IPPO's success | MAPPO's |
@@ -1638,18 +1638,19 @@ if sees_own_goal:
 # | value normalization | nothing | 1.50 | 0.08 | |
 # | all goals equally far away | nothing (it strengthens 2) | 1.79 | 0.01 | 0.90 |
 # | a smaller arena without collisions | nothing | 1.49 | 0.00 | 1.00 |
-# | the same arena, but only one robot drives at a time | 2 | 0.57 | 1.00 | 1.00 |
+# | the same arena, but only one robot drives at a time | 2, and 3 somewhat | 0.57 | 1.00 | 1.00 |
 #
-# The last two rows are the strictest test. The reward, the horizon and the rule for ending an
-# episode are the same in both, but when the robots take turns in random order, rho falls from 0.52
-# to 0.08. Just as this explanation predicts, IPPO then does not unlearn the task, and its slope is
-# no larger than MAPPO's.
+# The last two rows are the closest pair. The reward, gamma and the rule for ending an episode are
+# the same in both, but when the robots take turns in random order, rho after ten iterations is 0.08
+# instead of 0.52. The others' rewards also come later, which lowers every slope. Just as this
+# explanation predicts, IPPO then does not unlearn the task, and its slope is no larger than
+# MAPPO's.
 #
 # Two predictions failed. With gamma = 0.9 and lmbda = 0, the slope stays small and nothing
 # collapses, but IPPO does worse in tests after 20 iterations than after 15, while MAPPO nearly
-# always succeeds. With lmbda = 0.99, the slope stays far below 1 / c = 2.0, and yet IPPO hardly
-# ever succeeds, while MAPPO learns the task, only more slowly. So a local critic does some harm
-# that 1 - c s does not capture.
+# always succeeds. With lmbda = 0.99, the mean slope stays below 1 / c, which is 2.0 in long
+# episodes but lower where the batch ends soon, and yet IPPO hardly ever succeeds, while MAPPO
+# learns the task, only more slowly. So a local critic does some harm that 1 - c s does not capture.
 #
 # Could this just be a bug in this file? TorchRL's own tutorial stops after 5 iterations. If you let
 # it run longer, its IPPO unlearns the task as well, although the tutorial differs from this file in
