@@ -32,7 +32,9 @@ picture, runs = given.folder.with_name(given.folder.name + ending), {}
 for path in sorted(given.folder.glob("*/metrics.csv")):
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    values = {int(row["frames"]): row[name] for row in rows for name in names if row.get(name)}
+    values = {
+        int(row["frames"]): float(row[name]) for row in rows for name in names if row.get(name)
+    }
     mappo = json.loads(path.with_name("hyperparameters.json").read_text("utf-8"))["mappo"]
     if values:
         runs.setdefault("MAPPO" if mappo else "IPPO", []).append(values)
@@ -45,11 +47,11 @@ axes = figure.subplots()
 for algorithm, curves in runs.items():
     color = {"MAPPO": "tab:blue", "IPPO": "tab:orange"}[algorithm]
     frames = sorted(set.intersection(*map(set, curves)))  # which all runs have reached
-    table = np.array([[float(curve[x]) for x in frames] for curve in curves])  # (runs, points)
+    table = np.array([[curve[x] for x in frames] for curve in curves])  # (runs, points)
     samples = random.integers(len(curves), size=(2000, len(curves)))
     low, high = np.percentile(table[samples].mean(axis=1), [2.5, 97.5], axis=0)
     for curve in curves:
-        axes.plot([*curve], [float(x) for x in curve.values()], ".-", color=color, linewidth=0.5)
+        axes.plot([*curve], [*curve.values()], ".-", color=color, linewidth=0.5)
     label = f"{algorithm}, mean of {len(curves)} runs and its 95% interval"
     axes.plot(frames, table.mean(axis=0), "o-", color=color, label=label)
     axes.fill_between(frames, low, high, color=color, alpha=0.2)

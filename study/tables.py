@@ -342,9 +342,8 @@ OLD = {  # tables of archive.csv
             "labels": {
                 "lambda 1": "lambda-1",
                 "arrivals bootstrapped": "arrivals-bootstrapped",
-                "the others' distance as an input": "others-distance",
             },
-            "columns": {SUCCESS: [15, 20], STEPS: [15]},
+            "columns": {SUCCESS: [15], STEPS: [15]},
         },
     ),
     "eight": (

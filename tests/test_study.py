@@ -455,6 +455,7 @@ def test_the_tutorial_is_changed_in_four_places_or_refused():
 
 CHANGES = {  # rows of the table of changes in Section 10, and the experiments they come from
     "none": "defaults",
+    "the critic also sees the sum of the others' distances": "one-number",
     "individual rewards": "individual",
     "gamma = 0.9, with c = 0.47": "gamma",
     "gamma = 0.9 and lmbda = 0, with c = 0.90": "gamma-lambda",
